@@ -1,0 +1,184 @@
+"""Profiles -> statistics -> a FAISS cosine index, all streamed: memory holds one block of rows, whatever the run's size.
+
+An index is a folder of three files: `index.faiss` (an `IndexFlatIP` of L2-normalised ŝ), `rows.parquet` (which sample each vector is)
+and `index.json` (what it was built from), written in that order. A reader believes the first two only if they carry the
+identity that the third one states, so an index that is half rebuilt is never searched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import BadRequest, printable
+from pipeline.manifest import write_json
+from pipeline.statistics import Reference, moments
+from pipeline.store import Store, replace_file, saliency_of
+
+SUBSETS = ("errors", "all")
+FACTS = ("sample_id", "label", "prediction", "label_confidence", "prediction_confidence", "loss")
+ROWS = pa.schema(
+    [("dataset", pa.string()), ("sample_id", pa.string()), ("label", pa.int32()), ("prediction", pa.int32()), ("label_confidence", pa.float32()),
+     ("prediction_confidence", pa.float32()), ("loss", pa.float32()), ("profile", pa.string()), ("position", pa.int32())]
+)  # profile, position: the profile file and the row in it  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `build` made: its folder, the number of vectors of each data set, and how many filters are dead."""
+
+    folder: Path
+    rows: dict[str, int]
+    dead: int
+
+
+def build(store: Store, datasets: list[str], reference: str, subset: str, name: str, tick: Callable[[str, int, int], None] = lambda *_: None) -> Built:
+    """Build `index/<name>` over `datasets`, standardised by `reference` (a data set of the run, or imported statistics).
+
+    `tick(stage, samples done, samples in all)` is called as it goes. Raises BadRequest while an extraction is unfinished, for statistics of
+    another network or aggregation, for an ID that stands twice in a data set, and if there is nothing to index.
+    """
+    manifest = store.manifest()
+    for dataset in dict.fromkeys([*datasets, *([reference] if reference in store.datasets() else [])]):
+        progress = store.progress(dataset)
+        if progress.pending:
+            raise BadRequest(f"{printable(dataset)} is unfinished: {progress.pending:,} of {progress.samples:,} samples are still to do; run its faultline extract command again, then index")
+        _refuse_duplicates(store, dataset)
+    standard = ensure_reference(store, reference, tick)
+    if standard.aggregation != manifest.aggregation:
+        raise BadRequest(f"--reference: {printable(reference)} was aggregated as '{standard.aggregation}', this run as '{manifest.aggregation}'; the two are never mixed")
+    about = identity(store, datasets, reference, subset)
+    folder = store.run / "index" / name
+    (folder / "index.json").unlink(missing_ok=True)
+    counts: dict[str, int] = dict.fromkeys(datasets, 0)
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as out, pq.ParquetWriter(folder / f".rows.{partial.name}", ROWS.with_metadata({"identity": about["identity"]}), compression="zstd") as rows:
+            out.write(flat_header(0, manifest.layers.total))
+            for dataset in datasets:
+                for vectors, table in _rows(store, dataset, subset, standard, tick):
+                    out.write(np.ascontiguousarray(vectors, "<f4").data)
+                    rows.write_table(table)
+                    counts[dataset] += table.num_rows
+            out.seek(0)
+            out.write(flat_header(sum(counts.values()), manifest.layers.total))
+        if not sum(counts.values()):
+            raise BadRequest(f"there is no misclassified sample in {', '.join(map(printable, datasets))}: nothing to index; --subset all indexes every sample")
+        (folder / f".rows.{partial.name}").replace(folder / "rows.parquet")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        replace_file(folder / "index.faiss", write)
+    finally:
+        for stale in folder.glob(".rows.*"):
+            stale.unlink(missing_ok=True)
+    write_json(folder / "index.json", about | {"rows": sum(counts.values()), "rows_by_dataset": counts, "filters": manifest.layers.total, "dead_filters": int((~standard.live).sum())})
+    return Built(folder, counts, int((~standard.live).sum()))
+
+
+def ensure_reference(store: Store, reference: str, tick: Callable[[str, int, int], None] = lambda *_: None) -> Reference:
+    """mu and sigma under that name: read where they are as new as the profiles, computed and written otherwise.
+
+    Raises BadRequest if the name is neither a data set of the run nor imported statistics.
+    """
+    layout, path = store.manifest().layers, store.run / "statistics" / f"{reference}.parquet"
+    if reference not in store.datasets():
+        if not path.exists():
+            imported = sorted(p.stem for p in path.parent.glob("*.parquet"))
+            known = ", ".join(dict.fromkeys(map(printable, store.datasets() + imported)))
+            raise BadRequest(f"--reference: there is neither a data set nor imported statistics named '{printable(reference)}'; there is: {known or 'nothing yet'}")
+        return Reference.read(path, layout)
+    origin = f"{reference} {profiles_digest(store, reference)}"
+    if path.exists():
+        stored = Reference.read(path, layout)
+        if stored.origin == origin:
+            return stored
+    total, seen = store.progress(reference).done, 0
+
+    def blocks():
+        nonlocal seen
+        tick("statistics", 0, total)
+        for _, _, batch in store.blocks(reference, ["saliency"]):
+            yield saliency_of(batch)
+            seen += batch.num_rows
+            tick("statistics", seen, total)
+
+    found = moments(blocks(), layout.total)
+    if found.count < 2:
+        raise BadRequest(f"--reference: {printable(reference)} has {found.count} profiles; a standard deviation needs two or more")
+    standard = Reference(found.mean, found.std, found.count, store.manifest().aggregation, origin)
+    replace_file(path, lambda partial: pq.write_table(standard.table(layout), partial))
+    return standard
+
+
+def profiles_digest(store: Store, dataset: str) -> str:
+    """Changes when the profiles of a data set do: over the names and sizes of their files."""
+    listing = "\n".join(f"{f.name} {f.stat().st_size}" for f in store.files(dataset))
+    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+
+def identity(store: Store, datasets: list[str], reference: str, subset: str) -> dict:
+    """What an index over these would be built from now; `identity` is the digest of it all."""
+    statistics = store.run / "statistics" / f"{reference}.parquet"
+    about = {
+        "run": store.manifest().fingerprint,
+        "datasets": {dataset: profiles_digest(store, dataset) for dataset in datasets},
+        "reference": reference,
+        "reference_profiles": profiles_digest(store, reference) if reference in store.datasets() else None,
+        "statistics_sha256": hashlib.sha256(statistics.read_bytes()).hexdigest() if statistics.exists() else None,
+        "subset": subset,
+        "metric": "cosine (inner product of L2-normalised standardised filter saliency)",
+    }
+    return about | {"identity": hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()[:16]}
+
+
+def normalise(vectors: np.ndarray) -> np.ndarray:
+    """Rows of float32 [N, F] to unit L2 length; a zero row stays zero, so that its cosine with anything is 0."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def flat_header(rows: int, filters: int) -> bytes:
+    """What FAISS writes before the numbers of an `IndexFlatIP` (a test holds it against FAISS): then rows * filters float32 follow."""
+    return struct.pack("<4siqqqBi", b"IxFI", filters, rows, 1 << 20, 1 << 20, 1, 0) + struct.pack("<Q", rows * filters)
+
+
+def _rows(store: Store, dataset: str, subset: str, standard: Reference, tick):
+    """(normalised ŝ float32 [n, F], table of `ROWS`) a block at a time, in the order of the profiles."""
+    seen, total = 0, sum(pq.read_metadata(f).num_rows for f in store.files(dataset))
+    tick(f"index {dataset}", 0, total)
+    for file, position, batch in store.blocks(dataset, [*FACTS, "saliency"]):
+        facts = pa.Table.from_batches([batch])
+        label, prediction = (facts[c].to_numpy() for c in ("label", "prediction"))
+        keep = np.flatnonzero(label != prediction) if subset == "errors" else np.arange(len(label))
+        seen += len(label)
+        tick(f"index {dataset}", seen, total)
+        if len(keep):
+            chosen = facts.select(FACTS).take(keep)
+            columns = [pa.array([dataset] * len(keep)), *chosen.columns, pa.array([file.name] * len(keep)), pa.array(position + keep, pa.int32())]
+            yield normalise(standard.standardise(saliency_of(batch)[keep])), pa.table(columns, schema=ROWS)
+
+
+def _refuse_duplicates(store: Store, dataset: str) -> None:
+    """Raises BadRequest naming both places of an ID that stands twice. Holds eight bytes a sample, and strings only of suspects."""
+    digests = [np.fromiter((hash(i) for i in batch["sample_id"].to_pylist()), np.int64, batch.num_rows) for _, _, batch in store.blocks(dataset, ["sample_id"], 4096)]
+    if not digests:
+        return
+    values, counts = np.unique(np.concatenate(digests), return_counts=True)
+    suspects, places = set(values[counts > 1].tolist()), {}
+    if not suspects:
+        return
+    for file, position, batch in store.blocks(dataset, ["sample_id", "shard"], 4096):
+        for row, (sample_id, shard) in enumerate(zip(batch["sample_id"].to_pylist(), batch["shard"].to_pylist())):
+            if hash(sample_id) not in suspects:
+                continue
+            here = f"{printable(shard)} (row {position + row} of {file.name})"
+            if sample_id in places:
+                raise BadRequest(f"the ID '{printable(sample_id)}' stands twice in {printable(dataset)}: in {places[sample_id]} and in {here}; IDs must be unique in a data set: rename one in the source and extract into another --run")
+            places[sample_id] = here

@@ -1,0 +1,242 @@
+"""The command `faultline`: one thin function a verb. stdout carries results alone; everything else goes to stderr.
+
+Nothing heavy is imported here, so that `--help` answers at once and a query loads neither torch nor Ray.
+Exit codes: 0 complete, 2 wrong request, 3 complete but more set aside than --max-rejects, 4 stopped and resumable, 1 a defect of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from jobs.progress import ProgressBar, duration, say
+from pipeline.errors import BadRequest, Fault, Stopped, printable
+
+app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Which filters made an image classifier err, and which other images fail for the same reason.")
+statistics_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Statistics (mu and sigma of every filter) that runs are standardised by.")
+app.add_typer(statistics_app, name="statistics")
+
+RunOption = Annotated[Path, typer.Option("--run", help="The run directory.", show_default=False)]
+Format = Annotated[str, typer.Option("--format", help="table, json or parquet, on stdout.")]
+Name = Annotated[Optional[str], typer.Option("--name", help="Which index. Default: errors, or the only one.")]
+Layers = Annotated[Optional[str], typer.Option("--layers", help="A range of layers, FIRST..LAST, both included, or one layer.")]
+
+
+@app.command()
+def demo(run: RunOption = Path("runs/demo")) -> None:
+    """The whole line on embedded data (handwritten digits, a network trained on the spot), then what to try next."""
+    from jobs.demo import demo as job
+
+    job(run)
+
+
+@app.command()
+def extract(
+    run: RunOption,
+    dataset: Annotated[str, typer.Option(help="What this data set is called in the run, for example val.")],
+    source: Annotated[str, typer.Option(help="Tar shards (a file, a folder, a pattern such as 'val-{00..63}.tar') or a folder of class folders.")],
+    model: Annotated[str, typer.Option(help="A torchvision classifier, resnet20|32|44|56|110 or cifar_resnet18, or module:factory.")],
+    weights: Annotated[Optional[str], typer.Option(help="A .safetensors or .pth file, or the name of torchvision weights. Default: torchvision's best.")] = None,
+    preprocess: Annotated[Optional[str], typer.Option(help="imagenet, cifar, or parts: resize=256,crop=224,interpolation=bilinear,mean=0.5/0.5/0.5,std=0.5/0.5/0.5. Default: the model's own.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, fused or vmap.")] = "auto",
+    precision: Annotated[Optional[str], typer.Option(help="fp32, tf32 or bf16. Default: fp32.")] = None,
+    aggregation: Annotated[str, typer.Option(help="abs: mean |gradient| of a filter's weights; signed: |mean gradient|, as the authors' earlier code.")] = "abs",
+    batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: 32 on a CPU, 128 on a GPU.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: GPUs where there are any now; say cuda for a cluster that starts its GPU nodes on demand.")] = None,
+    actors: Annotated[Optional[str], typer.Option(help="How many engines, N or MIN-MAX. Default: one a GPU, or one for every 4 CPUs.")] = None,
+    max_samples: Annotated[Optional[int], typer.Option(help="Only the first N samples, for a first try; the rest can follow later.")] = None,
+    shards: Annotated[Optional[int], typer.Option(help="Only the first N shards, for a first try.")] = None,
+    max_rejects: Annotated[Optional[int], typer.Option(help="More samples set aside than this end in exit code 3. Default: 1% of the samples.")] = None,
+    address: Annotated[Optional[str], typer.Option(help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")] = None,
+) -> None:
+    """Shards to filter saliency profiles. The same command again resumes, and is free when all is there."""
+    from jobs.extract import Settings, extract as job
+
+    bounds = _actors(actors)
+    result = job(Settings(run, dataset, source, model, weights, preprocess, engine, precision, aggregation, batch_size, device, bounds, max_samples, shards, max_rejects, address))
+    p = result.progress
+    done = "nothing to do" if not result.units_run else f"{result.units_run} units"
+    say(f"{dataset}: {p.done:,} profiles, {p.rejected:,} set aside, top-1 {result.top1:.4f}, {result.errors:,} misclassified ({done})")
+    if p.rejected:
+        say(f"why they were set aside: {printable(run)}/rejects/{dataset}/*.parquet")
+    if result.too_many_rejects:
+        say(f"that is more than --max-rejects {result.allowed_rejects}")
+        raise typer.Exit(3)
+
+
+@app.command()
+def index(
+    run: RunOption,
+    datasets: Annotated[Optional[str], typer.Option(help="Data sets to search in, for example val,v2. Default: all of the run.")] = None,
+    reference: Annotated[Optional[str], typer.Option(help="Whose mu and sigma standardise: a data set of the run, or imported statistics. Default: val, or the first of --datasets.")] = None,
+    subset: Annotated[str, typer.Option(help="errors: misclassified samples alone; all: every sample.")] = "errors",
+    name: Annotated[Optional[str], typer.Option("--name", help="What the index is called. Default: the subset.")] = None,
+) -> None:
+    """Profiles to a FAISS cosine index. Refuses while an extraction is unfinished."""
+    from index.build import SUBSETS, build
+    from jobs.extract import DATASET
+    from pipeline.store import Store
+
+    store = Store(run)
+    store.manifest()
+    known = store.datasets()
+    chosen = list(dict.fromkeys(filter(None, (d.strip() for d in datasets.split(","))))) if datasets else known
+    if subset not in SUBSETS:
+        raise BadRequest(f"--subset: '{printable(subset)}' is not one of {', '.join(SUBSETS)}")
+    if name is not None and not DATASET.fullmatch(name):
+        raise BadRequest(f"--name: '{printable(name)}' cannot name a folder; use letters, digits, '.', '_' and '-'")
+    if not chosen:
+        raise BadRequest(f"{printable(run)} has no data set yet: faultline extract makes one")
+    bars: dict[str, ProgressBar] = {}
+
+    def tick(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            bars[stage] = ProgressBar(stage, total).__enter__()
+        bars[stage].to(done)
+        if done >= total:
+            bars[stage].__exit__()
+
+    built = build(store, chosen, reference or ("val" if "val" in known else chosen[0]), subset, name or subset, tick)
+    say(f"{printable(built.folder)}: {sum(built.rows.values()):,} vectors ({', '.join(f'{d} {n:,}' for d, n in built.rows.items())}); {built.dead:,} filters are dead and count 0")
+
+
+@statistics_app.command("import")
+def statistics_import(
+    file: Annotated[Path, typer.Argument(help="A torch file: a dict of two vectors, mean and std, in the order of the network's filters.", show_default=False)],
+    run: RunOption,
+    name: Annotated[str, typer.Option("--name", help="What the statistics are called in the run; index --reference NAME uses them.")],
+    aggregation: Annotated[str, typer.Option(help="How they were aggregated, abs or signed. It must be the run's.")],
+) -> None:
+    """Somebody else's mean and std, such as the authors' published ones, as a reference."""
+    import pyarrow.parquet as pq
+
+    from jobs.extract import AGGREGATIONS, DATASET
+    from pipeline.statistics import import_published
+    from pipeline.store import Store, replace_file
+
+    store = Store(run)
+    manifest = store.manifest()
+    if not DATASET.fullmatch(name):
+        raise BadRequest(f"--name: '{printable(name)}' cannot name a file; use letters, digits, '.', '_' and '-'")
+    if name in store.datasets():
+        raise BadRequest(f"--name: '{printable(name)}' is a data set of this run; choose another name, for example published")
+    if aggregation not in AGGREGATIONS:
+        raise BadRequest(f"--aggregation: '{printable(aggregation)}' is not one of {', '.join(AGGREGATIONS)}")
+    if aggregation != manifest.aggregation:
+        raise BadRequest(f"--aggregation: these statistics are '{aggregation}', the run {printable(run)} is '{manifest.aggregation}'; extract a run with --aggregation {aggregation} to use them")
+    reference = import_published(file, aggregation, manifest.layers)
+    replace_file(store.run / "statistics" / f"{name}.parquet", lambda partial: pq.write_table(reference.table(manifest.layers), partial))
+    say(f"{printable(store.run / 'statistics' / name)}.parquet: {manifest.layers.total:,} filters, {int((~reference.live).sum()):,} dead; use them with faultline index --reference {name}")
+
+
+@app.command()
+def query(
+    sample: Annotated[str, typer.Argument(metavar="ID", help="sample_id, or dataset:sample_id. A correctly classified image may ask too.", show_default=False)],
+    run: RunOption,
+    k: Annotated[int, typer.Option("-k", help="How many neighbours.")] = 10,
+    within: Annotated[Optional[str], typer.Option("--in", help="Only neighbours of this data set.")] = None,
+    layers: Layers = None,
+    name: Name = None,
+    gallery: Annotated[Optional[Path], typer.Option(help="Draw the images into this file (.png, .svg or .pdf).")] = None,
+    format: Format = "table",
+) -> None:
+    """The images that fail for the same reason as one image."""
+    from index import Run
+    from jobs import output
+
+    output.check(format)
+    opened = Run.open(run)
+    found = opened.neighbors(sample, k, within, layers, name)
+    if found.num_rows < k:
+        say(f"only {found.num_rows} neighbours exist")
+    if gallery:
+        from jobs.query import draw
+
+        draw(opened, sample, found, gallery)
+        say(f"gallery: {printable(gallery)}")
+    output.neighbours(found, format)
+
+
+@app.command()
+def neighbors(
+    run: RunOption,
+    source: Annotated[str, typer.Option("--from", help="The data set whose misclassified samples ask.")],
+    out: Annotated[Path, typer.Option(help="The Parquet file to write.", show_default=False)],
+    within: Annotated[Optional[str], typer.Option("--in", help="Only neighbours of this data set.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many neighbours.")] = 10,
+    layers: Layers = None,
+    name: Name = None,
+    everyone: Annotated[bool, typer.Option("--all", help="Correctly classified samples ask too.")] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Print how often neighbours share the (true, predicted) pair, beside chance.")] = False,
+    format: Annotated[str, typer.Option("--format", help="table or json, of --evaluate.")] = "table",
+) -> None:
+    """The neighbours of all images of a data set, as one batch job."""
+    from index import Run
+    from jobs import neighbors as job, output
+
+    output.check(format, ("table", "json"))
+    opened = Run.open(run)
+    asked = job.neighbors(opened, source, within, k, out, layers, name, everyone)
+    say(f"{printable(out)}: neighbours of {asked:,} images")
+    if evaluate:
+        output.record(job.evaluate(opened, out, within, name).__dict__, format)
+
+
+@app.command()
+def status(run: RunOption, format: Annotated[str, typer.Option("--format", help="table or json, on stdout.")] = "table") -> None:
+    """Per data set: done, pending, set aside, rate."""
+    from index import Run
+    from jobs import output
+
+    output.check(format, ("table", "json"))
+    output.status({name: p.__dict__ for name, p in Run.open(run).status().items()}, format)
+
+
+def _actors(text: str | None) -> tuple[int, int] | None:
+    """`N` or `MIN-MAX`."""
+    if text is None:
+        return None
+    least, dash, most = text.partition("-")
+    try:
+        bounds = int(least), int(most if dash else least)
+    except ValueError:
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise BadRequest(f"--actors: '{printable(text)}' is neither a number N from 1 nor a range MIN-MAX")
+    return bounds
+
+
+def main() -> None:
+    """The console script: runs the command and turns every ending into its exit code and a message of one to three lines."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # engines share their cores with decoders: threads that spin while they wait cost all of them
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        code = app(standalone_mode=False) or 0
+    except Fault as fault:
+        code = _end(str(fault), fault.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _end("stopped; what is done is kept, and the same command resumes", Stopped.exit_code)
+    except typer.exceptions.TyperException as fault:
+        text = fault.format_message()
+        code = _end(printable(text) + " (--help of the verb lists what it takes)", 2) if not text.startswith("Usage:") else say(text) or 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as defect:
+        if os.environ.get("FAULTLINE_DEBUG"):
+            raise
+        text = str(defect).strip().splitlines()
+        code = _end(f"a defect of faultline: {type(defect).__name__}: {printable(text[0] if text else '')[:300]}\nFAULTLINE_DEBUG=1 shows where; what is done is kept", 1)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _end(message: str, code: int) -> int:
+    say(f"faultline: {message}")
+    return code

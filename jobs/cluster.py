@@ -1,0 +1,161 @@
+"""The one place that knows Ray: units in, receipts out, on this process, this machine or a cluster.
+
+Ray Data streams and retries: one row is one unit, decoded by CPU tasks, profiled and committed by a pool of actors (a GPU each where there are any).
+Only receipts come back. Its settings here keep a unit whole and its retries bounded; each was measured.
+Small work runs in this process instead: the same units, the same two steps, the same files, without the seconds that a cluster takes to start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.errors import BadRequest, Stopped, printable
+from pipeline.manifest import Manifest
+from pipeline.units import Unit
+from pipeline.worker import Decoder, Receipt, UnitWriter
+
+SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless one is asked for
+ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
+
+
+class Stream:
+    """`stream(units, attempts)` yields a receipt a unit, in any order. `waiting`: what the first receipt waits for."""
+
+    def __init__(self, run: Callable[[list[Unit], int], Iterator[Receipt]], waiting: str):
+        self._run, self.waiting = run, waiting
+
+    def __call__(self, units: list[Unit], attempts: int) -> Iterator[Receipt]:
+        return self._run(units, attempts)
+
+
+def device_for(asked: str | None, address: str | None) -> str:
+    """`cuda` or `cpu`: what was asked for, otherwise GPUs where this machine, or the cluster that is joined, has any now.
+
+    A cluster that starts its GPU nodes on demand has none yet: there it must be asked for. Raises BadRequest for a GPU that is not there.
+    """
+    if joins(address):
+        return asked or ("cuda" if _start(address).cluster_resources().get("GPU", 0) else "cpu")
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise BadRequest("--device: torch sees no CUDA GPU on this machine; use cpu, or --address to join a cluster that has some")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def threads_of_an_engine() -> int:
+    """Threads of one CPU engine on this machine, for a new run."""
+    return max(1, min(ENGINE_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def joins(address: str | None) -> bool:
+    """Whether an existing cluster is joined: only when told, by --address or RAY_ADDRESS."""
+    return (address or os.environ.get("RAY_ADDRESS", "local")) != "local"
+
+
+@contextmanager
+def workers(run: Path, decoder: Decoder, manifest: Manifest, device: str, address: str | None, actors: tuple[int, int] | None, samples: int) -> Iterator[Stream]:
+    """Workers for about `samples` samples: this process if that is little and nothing else was asked for, otherwise Ray."""
+    if address is None and actors is None and not joins(None) and samples <= SMALL:
+        writer = UnitWriter(run, device)
+        yield Stream(lambda units, attempts: (writer(decoder(unit)) for unit in units), "starting in this process (small work; --address local starts Ray)")
+        return
+    ray = _start(address)
+    yield Stream(lambda units, attempts: _stream(ray, run, decoder, manifest, device, actors, units, attempts), "waiting for the first unit: Ray's workers are starting (about 20 s)")
+
+
+def _start(address: str | None):
+    """ray, initialised and silent. Raises BadRequest if the cluster at `address` cannot be joined."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+    import ray.data
+
+    warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)  # bounded retries have no other spelling in this Ray
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not ray.is_initialized():
+        quiet = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}}
+        try:
+            with _muted():
+                if joins(address):
+                    ray.init(address=address or os.environ["RAY_ADDRESS"], **quiet)
+                else:
+                    ray.init(address="local", include_dashboard=False, **quiet)
+        except Exception as fault:
+            reason = str(fault).strip().splitlines()
+            raise BadRequest(f"--address: no Ray cluster can be joined at {printable(address or os.environ.get('RAY_ADDRESS', 'local'))} ({printable(reason[0])[:160] if reason else type(fault).__name__}); start one with ray start --head, or use --address local") from None
+    return ray
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """No stderr inside: Ray's C++ core announces its log level there. Exceptions come through; what it finds later is fatal or comes back as one."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def _stream(ray, run: Path, decoder: Decoder, manifest: Manifest, device: str, actors: tuple[int, int] | None, units: list[Unit], attempts: int) -> Iterator[Receipt]:
+    """Receipts of `units` from Ray Data. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
+
+    Raises Stopped if no worker can be started at all.
+    """
+    from ray.data import ActorPoolStrategy
+
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    share = max(1, min(manifest.threads, cpus) - 1)  # CPUs that an engine reserves; decoding takes the rest
+    least, most = actors or (max(1, gpus if device == "cuda" else cpus // max(ENGINE_THREADS, manifest.threads)),) * 2
+    most = min(most, len(units))
+    pool = ActorPoolStrategy(size=most) if least >= most else ActorPoolStrategy(min_size=least, max_size=most)
+    where = {"num_gpus": 1} if device == "cuda" else {"num_cpus": share}
+
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None  # a unit stays one block, however large
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # a unit that is given up is seen by its missing file
+    context.log_internal_stack_trace_to_stdout = False
+    line = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))
+    line = line.map_batches(_decode, fn_args=(decoder,), batch_size=1, batch_format="pyarrow", num_cpus=0.5, max_retries=attempts - 1)
+    line = line.map_batches(
+        _Writer, fn_constructor_args=(str(run), device), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, compute=pool, max_task_retries=attempts - 1, **where
+    )  # fmt: skip
+    try:
+        for row in line.iter_rows():
+            yield Receipt(**row)
+    except (ray.exceptions.RayError, RuntimeError) as fault:
+        text = str(fault).strip().splitlines()
+        raise Stopped(f"Ray stopped the job: {printable(text[-1] if text else type(fault).__name__)[:300]}\nwhat is done is kept; the same command resumes") from None
+
+
+def _decode(batch: pa.Table, decoder: Decoder) -> pa.Table:
+    """One row with a unit -> one row with its decoded samples. One row a unit, all along the line, is what keeps units whole."""
+    sink = pa.BufferOutputStream()
+    decoded = decoder(Unit.from_json(batch["unit"][0].as_py()))
+    with pa.ipc.new_stream(sink, decoded.schema) as stream:
+        stream.write_table(decoded)
+    return pa.table({"decoded": pa.array([sink.getvalue()], pa.large_binary())})
+
+
+class _Writer:
+    """The actor: a `UnitWriter` from decoded units to receipts, a row each."""
+
+    def __init__(self, run: str, device: str):
+        self.write = UnitWriter(Path(run), device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        with pa.ipc.open_stream(batch["decoded"][0].as_buffer()) as stream:
+            return pa.Table.from_pylist([asdict(self.write(stream.read_all()))])

@@ -1,0 +1,304 @@
+"""`faultline extract`: shards to profiles. The same command again resumes, and is free when all is there.
+
+Settings are checked and the run is described (run.json, weights, census) before any image is profiled. Then units that are not committed
+are streamed through `run_units`, in this process or on Ray, and the files are listed again: the truth is what exists.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+
+from jobs import cluster
+from jobs.progress import ProgressBar, say
+from pipeline.errors import BadRequest, Stopped, printable
+from pipeline.filters import FilterLayout
+from pipeline.manifest import Manifest
+from pipeline.samples import Preprocessing, decode
+from pipeline.sources import Shard, Source, open_source
+from pipeline.store import Census, Progress, Store
+from pipeline.units import MOST, Unit
+from pipeline.worker import Decoder, Receipt
+
+DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+ENGINES, PRECISIONS, AGGREGATIONS = ("auto", "fused", "vmap"), ("fp32", "tf32", "bf16"), ("abs", "signed")
+TRIAL = 3  # images on which an engine is chosen
+ATTEMPTS = 3  # times a unit may fail or kill its worker before it is bisected
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything `faultline extract` can be told. None: the run's own value, or the default if the run is new."""
+
+    run: Path
+    dataset: str
+    source: str
+    model: str
+    weights: str | None = None
+    preprocess: str | None = None
+    engine: str = "auto"
+    precision: str | None = None
+    aggregation: str = "abs"
+    batch_size: int | None = None
+    device: str | None = None
+    actors: tuple[int, int] | None = None
+    max_samples: int | None = None
+    shards: int | None = None
+    max_rejects: int | None = None
+    address: str | None = None
+
+    def check(self) -> None:
+        """Raises BadRequest with every fault of the settings together."""
+        faults = []
+        if not DATASET.fullmatch(self.dataset):
+            faults.append(f"--dataset: '{printable(self.dataset)}' cannot name files; use letters, digits, '.', '_' and '-'")
+        for name, value, known in (("engine", self.engine, ENGINES), ("precision", self.precision, (None, *PRECISIONS)), ("aggregation", self.aggregation, AGGREGATIONS), ("device", self.device, (None, "cpu", "cuda"))):
+            if value not in known:
+                faults.append(f"--{name}: '{printable(value)}' is not one of {', '.join(k for k in known if k)}")
+        for name, value, least in (("batch-size", self.batch_size, 1), ("max-samples", self.max_samples, 1), ("shards", self.shards, 1), ("max-rejects", self.max_rejects, 0)):
+            if value is not None and value < least:
+                faults.append(f"--{name}: {value} is less than {least}")
+        if self.batch_size and self.batch_size > MOST:
+            faults.append(f"--batch-size: {self.batch_size} is more than a unit of work, {MOST} samples")
+        if self.run.exists() and not self.run.is_dir():
+            faults.append(f"--run: {printable(self.run)} is a file; name a folder")
+        if faults:
+            raise BadRequest("\n".join(faults))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an extraction ended with. `too_many_rejects`: more samples were set aside than --max-rejects (exit code 3)."""
+
+    progress: Progress
+    top1: float
+    errors: int
+    allowed_rejects: int
+    units_run: int
+
+    @property
+    def too_many_rejects(self) -> bool:
+        return self.progress.rejected > self.allowed_rejects
+
+
+def extract(settings: Settings) -> Outcome:
+    """Run it. Raises BadRequest before anything is done, Stopped once something is (the same command resumes)."""
+    settings.check()
+    store = Store(settings.run.expanduser().absolute())
+    source, names = open_source(settings.source)
+    names = names[: settings.shards]
+    census = take_census(store, settings, source, names)
+    manifest = prepare(store, settings, source, census)
+    with only_writer(store, settings.dataset):
+        store.write_census(settings.dataset, census)
+        store.sweep(settings.dataset)
+        todo = store.todo(settings.dataset, manifest.unit_samples)
+        units_run = run_units(store, settings, manifest, census, todo) if todo else 0
+    return outcome(store, settings, units_run)
+
+
+def take_census(store: Store, settings: Settings, source: Source, names: list[str]) -> Census:
+    """Count the shards, or remember their counts. Raises BadRequest if a shard is damaged or not what this data set was made from."""
+    known: dict[str, Shard] = {}
+    if settings.dataset in store.datasets():
+        before = store.census(settings.dataset)
+        if (before.kind, before.root) != (source.kind, source.root):
+            raise BadRequest(f"--source: data set '{printable(settings.dataset)}' of this run comes from {printable(before.spec)} ({before.kind} in {printable(before.root)}), not {printable(settings.source)}; give another --dataset or --run")
+        known = {shard.name: shard for shard in before.shards}
+    with ThreadPoolExecutor(min(16, len(names))) as pool, ProgressBar("counting shards", len(names), unit="shards") as bar:
+        shards, faults, samples = [], [], 0
+        for counted in pool.map(lambda name: _count(source, name), names):
+            bar.advance(1)
+            if isinstance(counted, BadRequest):
+                faults.append(str(counted))
+                continue
+            shards.append(counted)
+            samples += counted.samples
+    if faults:
+        raise BadRequest("\n".join(faults[:3]) + (f" (and {len(faults) - 3} more shards)" if len(faults) > 3 else ""))
+    changed = [s.name for s in shards if s.name in known and (known[s.name].version, known[s.name].samples) != (s.version, s.samples)]
+    lost = [name for name in known if name not in set(names)] if settings.shards is None else []
+    for what, which in (("changed since this data set was begun", changed), ("part of this data set, but not in --source", lost)):
+        if which:
+            raise BadRequest(f"--source: {printable(', '.join(which[:3]))} {'is' if what[0] == 'p' else 'has'} {what}; put it back, or extract into another --dataset")
+    if not samples:
+        raise BadRequest(f"--source: {printable(settings.source)} holds no sample")
+    return Census(settings.source, source.kind, source.root, tuple(shards), settings.max_samples)
+
+
+def _count(source: Source, name: str) -> Shard | BadRequest:
+    try:
+        return source.census(name)
+    except BadRequest as fault:
+        return fault
+
+
+def prepare(store: Store, settings: Settings, source: Source, census: Census) -> Manifest:
+    """run.json and the weights, written if the run is new; otherwise checked against what is asked. Raises BadRequest for a mix."""
+    if not (store.run / "run.json").exists():
+        return begin(store, settings, source, census)
+    manifest = store.manifest()
+    engine = None if settings.engine == "auto" else settings.engine
+    asked = {"model": settings.model, "aggregation": settings.aggregation, "precision": settings.precision, "engine": engine, "batch_size": settings.batch_size}
+    manifest.must_match(asked, store.run)
+    if settings.preprocess or not _is_same_file(settings.weights, manifest.weights_sha256):
+        from pipeline import models
+
+        again = models.load(settings.model, settings.weights, settings.preprocess)
+        manifest.must_match({"weights_sha256": again.weights_sha256, "preprocessing": again.preprocessing}, store.run)
+    return manifest
+
+
+def _is_same_file(weights: str | None, digest: str) -> bool:
+    from hashlib import file_digest
+
+    if not weights or not os.path.isfile(weights):
+        return False
+    with open(weights, "rb") as file:
+        return file_digest(file, "sha256").hexdigest() == digest
+
+
+def begin(store: Store, settings: Settings, source: Source, census: Census) -> Manifest:
+    """Load the model, try it on a few real images, choose the engine, and write what the run is."""
+    say(f"loading {printable(settings.model)}")
+    from pipeline import models
+    from pipeline.saliency import check_network, choose_engine
+
+    device = cluster.device_for(settings.device, settings.address)
+    precision = settings.precision or "fp32"
+    if precision == "tf32" and device == "cpu":
+        raise BadRequest("--precision: tf32 exists on CUDA GPUs alone; use fp32")
+    classifier = models.load(settings.model, settings.weights, settings.preprocess)
+    layers = FilterLayout.of(classifier.network)
+    images = trial_images(source, census, classifier.preprocessing)
+    classes = check_network(classifier.network, images)
+    engine, reason = (settings.engine, "as asked") if settings.engine != "auto" else choose_engine(classifier.network, images)
+    say(f"engine: {engine} ({reason}); {layers.total:,} filters in {len(layers.layers)} layers, {classes} classes")
+    names = classifier.class_names if classifier.class_names and len(classifier.class_names) == classes else None
+    manifest = Manifest(
+        model=settings.model, weights_sha256=classifier.weights_sha256, layers=layers, preprocessing=classifier.preprocessing, aggregation=settings.aggregation,
+        precision=precision, engine=engine, batch_size=settings.batch_size or (128 if device == "cuda" else 32), threads=cluster.threads_of_an_engine(),
+        unit_samples=MOST if device == "cuda" else MOST // 4, classes=classes, class_names=names, import_root=os.getcwd() if ":" in settings.model else None,
+        versions={name: _version(name) for name in ("faultline", "torch", "torchvision", "ray", "pyarrow", "numpy", "pillow")}, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )  # fmt: skip
+    try:
+        store.run.mkdir(parents=True, exist_ok=True)
+        models.save_weights(classifier.network, store.run / "weights.safetensors")
+        manifest.write(store.run)
+    except OSError as fault:
+        raise BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)}); choose another folder") from None
+    return manifest
+
+
+def trial_images(source: Source, census: Census, preprocessing: Preprocessing):
+    """float32 [1..3, 3, H, W]: the first images of the data set that can be decoded and share a shape."""
+    import numpy as np
+    import torch
+
+    pixels: list[np.ndarray] = []
+    for shard in census.shards:
+        for raw in islice(source.read(shard.marks_for(0, shard.samples), shard.name, 0, shard.samples), 64):
+            sample = decode(replace(raw, label=0, fault=None if raw.image else raw.fault), preprocessing, 1)
+            if sample.pixels is not None and all(p.shape == sample.pixels.shape for p in pixels):
+                pixels.append(sample.pixels)
+            if len(pixels) == TRIAL:
+                break
+        if pixels:
+            return preprocessing.normalise(torch.from_numpy(np.stack(pixels)))
+    raise BadRequest(f"--source: none of the first images of {printable(census.spec)} can be decoded; are these images?")
+
+
+@contextmanager
+def only_writer(store: Store, dataset: str) -> Iterator[None]:
+    """Hold the data set against a second job; the lock dies with the process. Raises BadRequest if another job holds it."""
+    path = store.run / "datasets" / f".{dataset}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as fault:
+        raise BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadRequest(f"another job is writing {printable(dataset)} of {printable(store.run)}: wait for it, or extract into another --dataset") from None
+        yield
+
+
+def run_units(store: Store, settings: Settings, manifest: Manifest, census: Census, todo: list[Unit]) -> int:
+    """Do every unit of `todo`; returns how many were run. A unit that keeps failing is cut in halves until its cause is alone, and set aside."""
+    decoder = Decoder(census.kind, census.root, manifest.preprocessing, manifest.classes)
+    faults: dict[str, str] = {}
+    units_run, barren = 0, 0
+    whole = sum(unit.samples for unit in todo)
+    device = cluster.device_for(settings.device, settings.address)
+    with cluster.workers(store.run, decoder, manifest, device, settings.address, settings.actors, whole) as stream, ProgressBar(settings.dataset, census.samples, census.samples - whole) as bar:
+        bar.waiting(stream.waiting)
+        while todo:
+            for receipt in stream(todo, ATTEMPTS if units_run == 0 or todo[0].samples == 1 else 1):
+                units_run += 1
+                _account(receipt, faults, bar)
+            left = [unit for unit in todo if not store.is_committed(unit)]
+            barren = barren + 1 if len(left) == len(todo) else 0
+            if any(unit.stem in faults for unit in left) or (barren and len(left) > 8) or barren > 3 and todo[0].samples > 1:
+                reason = next(iter(faults.values()), "their workers died without a word (out of memory?)")
+                raise Stopped(f"{len(left)} units of {printable(settings.dataset)} were not done: {reason}\nwhat is done is kept; the same command resumes")
+            todo = [half for unit in left for half in unit.halves()]
+            for unit in left:
+                if unit.samples == 1:
+                    _set_aside(store, source_id(census, unit), unit, bar)
+    return units_run
+
+
+def _account(receipt: Receipt, faults: dict[str, str], bar: ProgressBar) -> None:
+    if receipt.fault:
+        faults[receipt.stem] = receipt.fault
+    else:
+        bar.advance(receipt.samples)
+
+
+def source_id(census: Census, unit: Unit) -> str:
+    """The ID of the only sample of a unit, or its place where even that cannot be read here."""
+    from pipeline.sources import reader
+
+    try:
+        return next(iter(reader(census.kind, census.root).read(unit.marks, unit.shard, unit.start, unit.stop))).sample_id
+    except (OSError, BadRequest, StopIteration):
+        return f"{unit.shard}#{unit.start}"
+
+
+def _set_aside(store: Store, sample_id: str, unit: Unit, bar: ProgressBar) -> None:
+    """Commit a unit of one sample that cannot be survived: no profile, one reject."""
+    import pyarrow as pa
+
+    from pipeline.store import REJECTS, profiles_schema
+
+    reason = f"it killed its worker process {ATTEMPTS} times"
+    store.commit(unit, profiles_schema(store.manifest().layers.total).empty_table(), pa.table([[sample_id], [unit.shard], [reason]], schema=REJECTS))
+    bar.advance(1)
+
+
+def outcome(store: Store, settings: Settings, units_run: int) -> Outcome:
+    """Counted from the files. Raises Stopped if something is missing all the same."""
+    progress = store.progress(settings.dataset)
+    if progress.pending:
+        raise Stopped(f"{progress.pending:,} of {progress.samples:,} samples of {printable(settings.dataset)} are still to do; the same command resumes")
+    errors = sum(int((b["label"].to_numpy() != b["prediction"].to_numpy()).sum()) for _, _, b in store.blocks(settings.dataset, ["label", "prediction"], 65536))
+    allowed = settings.max_rejects if settings.max_rejects is not None else progress.samples // 100
+    return Outcome(progress, 1 - errors / progress.done if progress.done else 0.0, errors, allowed, units_run)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

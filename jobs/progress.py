@@ -1,0 +1,81 @@
+"""How a job shows where it is, on stderr: a bar with rate and time left on a terminal, one plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from pipeline.errors import printable
+
+PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
+
+
+def say(text: str) -> None:
+    """One line to stderr; stdout belongs to results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class ProgressBar:
+    """`with ProgressBar("val", 8000, done=256) as bar: bar.advance(256)`. `done` samples were there before and count for no rate."""
+
+    def __init__(self, label: str, total: int, done: int = 0, unit: str = "images"):
+        self.label, self.total, self.before, self.unit = printable(label), total, done, unit
+        self.count, self.bar = 0, None
+        self.start = self.last = time.monotonic()
+        self.first: tuple[float, int] | None = None  # when the first result came, and how many it was
+
+    def __enter__(self) -> ProgressBar:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.markup import escape
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn(escape(self.label)), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
+            self.bar = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.total, completed=self.before, rate="waiting")
+        return self
+
+    def advance(self, samples: int) -> None:
+        """`samples` more are done."""
+        self.to(self.count + samples)
+
+    def to(self, count: int) -> None:
+        """`count` samples are done since this bar began."""
+        self.count, now = count, time.monotonic()
+        self.first = self.first or (now, count)
+        if self.bar:
+            self.bar.update(self.task, completed=self.before + count, rate=f"{self.rate:,.1f} {self.unit}/s" if self.rate else "")
+        elif now - self.last >= PLAIN_EVERY or self.before + count >= self.total:
+            self.last = now
+            rate = f", {self.rate:,.1f}/s" if self.rate else ""
+            left = (self.total - self.before - count) / self.rate if self.rate else 0
+            say(f"{self.label}: {self.before + count:,} of {self.total:,} {self.unit}{rate}" + (f", {duration(left)} left" if left else ""))
+
+    @property
+    def rate(self) -> float:
+        """Samples a second since the first result, so that waiting for workers counts for nothing; 0 before there are two results."""
+        if self.first is None or self.count == self.first[1]:
+            return 0.0
+        return (self.count - self.first[1]) / max(time.monotonic() - self.first[0], 1e-3)
+
+    def waiting(self, text: str) -> None:
+        """Nothing has come yet, and why: shown where the rate will be."""
+        if self.bar:
+            self.bar.update(self.task, rate=text)
+        else:
+            say(f"{self.label}: {text}")
+
+    def __exit__(self, *_) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `2 h 05 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

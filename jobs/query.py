@@ -1,0 +1,21 @@
+"""The gallery of `faultline query`: gathers a query's image and its neighbours' from the profiles, for `figures` to draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from index.run import Run
+from jobs import figures
+from pipeline.errors import printable
+
+
+def draw(run: Run, sample: str, found: pa.Table, path: Path) -> None:
+    """Draw `sample` and its neighbours (a `NEIGHBOURS` table) into `path`. Raises BadRequest for a file that cannot be drawn."""
+    place = run.find(sample)
+    own = run.record(place, ["sample_id", "label", "prediction", "prediction_confidence", "thumbnail"])
+    names = {f"{key}_name": run.manifest.name_of(own[key]) for key in ("label", "prediction")}
+    query = own | names | {"dataset": place.dataset, "confidence": own["prediction_confidence"]}
+    hits = [row | run.record(run.find(f"{row['dataset']}:{row['sample_id']}"), ["thumbnail"]) for row in found.to_pylist()]
+    figures.gallery(path, query, hits, f"Images that fail like {printable(place.dataset)}:{printable(place.sample_id)}")

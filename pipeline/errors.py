@@ -1,0 +1,42 @@
+"""What goes wrong, as the user is told it: one exception a kind of ending, and the making of foreign text safe to show."""
+
+import difflib
+import unicodedata
+from collections.abc import Iterable
+
+
+class Fault(Exception):
+    """An ending that is explained in one to three lines, never by a traceback. `exit_code` is the command's."""
+
+    exit_code = 1
+
+
+class BadRequest(Fault):
+    """The request is wrong and nothing was done. The message names the argument or file, and the remedy."""
+
+    exit_code = 2
+
+
+class Stopped(Fault):
+    """The job ended before its end; what is committed stays, and the same command resumes."""
+
+    exit_code = 4
+
+
+def printable(text: object) -> str:
+    """`text` with every character that could move the cursor, reorder the line or hide itself written as its escape.
+
+    File names, sample IDs and class names come from strangers. A tab, a newline, an ANSI escape or a right-to-left
+    mark in one of them must not change what the rest of the line seems to say.
+    """
+    return "".join(
+        c if c == " " or unicodedata.category(c)[0] not in "CZ" else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in str(text)
+    )
+
+
+def closest(word: str, known: Iterable[str], count: int = 3) -> str:
+    """The `count` most similar of `known`, as text for the end of an error message; all of them where they are few."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, count, 0.4) or (known if len(known) <= 8 else known[:count])
+    return ", ".join(map(printable, near)) if near else "none"

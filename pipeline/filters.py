@@ -1,0 +1,72 @@
+"""The filters of a network: what counts as one, their order in every vector, and ranges of layers.
+
+This order is the meaning of the F axis everywhere: in profiles, statistics, indexes and figures. It is the order of the
+4-D weights in `model.named_parameters()`, one filter an output channel (paper, section 2.1: filter-wise aggregation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipeline.errors import BadRequest, closest, printable
+
+
+@dataclass(frozen=True)
+class FilterLayout:
+    """Layers in vector order. `layers`: ((module name, filters), ...), the name without its `.weight`."""
+
+    layers: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, model) -> FilterLayout:
+        """The layout of a torch module. Raises BadRequest if it has no 4-D weight."""
+        layers = tuple((name.removesuffix(".weight"), p.shape[0]) for name, p in model.named_parameters() if p.dim() == 4)
+        if not layers:
+            raise BadRequest(f"{type(model).__name__} has no convolution (no 4-D weight), so there is no filter to profile: choose a convolutional network")
+        return cls(layers)
+
+    @classmethod
+    def from_json(cls, layers: list[dict]) -> FilterLayout:
+        return cls(tuple((layer["name"], layer["filters"]) for layer in layers))
+
+    def to_json(self) -> list[dict]:
+        return [{"name": name, "filters": filters} for name, filters in self.layers]
+
+    @cached_property
+    def total(self) -> int:
+        """F."""
+        return sum(filters for _, filters in self.layers)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Layer name -> its columns in a vector of F."""
+        slices, start = {}, 0
+        for name, filters in self.layers:
+            slices[name] = slice(start, start + filters)
+            start += filters
+        return slices
+
+    def columns(self, layers: str) -> slice:
+        """The columns of `FIRST..LAST`, both ends included; either end may be left out, and one name is itself.
+
+        Raises BadRequest for a layer that the network does not have, or a range that runs backwards.
+        """
+        first, dots, last = layers.partition("..")
+        if not dots:
+            last = first
+        first, last = first or self.layers[0][0], last or self.layers[-1][0]
+        for name in (first, last):
+            if name not in self.slices:
+                raise BadRequest(f"--layers: this network has no layer '{printable(name)}'; close to it: {closest(name, self.slices)} (all of them: run.json, \"layers\")")
+        columns = slice(self.slices[first].start, self.slices[last].stop)
+        if columns.start >= columns.stop:
+            raise BadRequest(f"--layers: '{printable(first)}' comes after '{printable(last)}' in the network; write {printable(last)}..{printable(first)}")
+        return columns
+
+    def locate(self, column: int) -> tuple[str, int]:
+        """(layer name, output channel) of a column of the vector."""
+        for name, columns in self.slices.items():
+            if columns.start <= column < columns.stop:
+                return name, column - columns.start
+        raise IndexError(f"column {column} of {self.total} filters")

@@ -1,0 +1,195 @@
+"""A name -> a classifier in eval mode with its weights, preprocessing and class names.
+
+Names: torchvision's classifiers, the CIFAR networks of `pipeline/cifar.py`, or `module:factory` for anything else.
+Weights are only ever read as data (safetensors, or `torch.load(weights_only=True)`); code in a weights file never runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import re
+import sys
+import urllib.error
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline import cifar
+from pipeline.errors import BadRequest, closest, printable
+from pipeline.samples import PRESETS, Preprocessing
+
+
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchvision's DenseNet files say `norm.1.weight` for `norm1.weight`
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """network: eval mode, float32, parameters frozen, on the CPU. `weights_sha256`: of the weights file, or of the
+    weights themselves where a factory brought them."""
+
+    network: torch.nn.Module
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    weights_sha256: str
+
+
+def load(model: str, weights: str | None, preprocess: str | None) -> Classifier:
+    """The classifier that the command line names. Raises BadRequest for an unknown name, unusable weights, or missing preprocessing."""
+    if model in cifar.NETWORKS:
+        network, state, digest = cifar.NETWORKS[model](), *_need_file(model, weights)
+        base, names = PRESETS["cifar"], cifar.CLASSES
+    elif ":" in model:
+        network = build(model)
+        state, digest = read_weights(weights) if weights else (None, None)
+        base, names = getattr(network, "preprocessing", None), getattr(network, "class_names", None)
+        if base is None and not preprocess:
+            raise BadRequest(f"--preprocess: {printable(model)} does not say how its images are prepared; add for example --preprocess imagenet, or resize=256,crop=224,mean=0.5/0.5/0.5,std=0.5/0.5/0.5")
+    else:
+        network = build(model)
+        entry, state, digest = _torchvision_weights(model, weights)
+        base, names = _torchvision_preprocessing(entry), tuple(entry.meta["categories"])
+    if state is not None:
+        fit(network, state, model)
+    else:
+        digest = digest_of(network)
+    network.float().eval().requires_grad_(False)
+    _check_finite(network, weights or model)
+    return Classifier(network, Preprocessing.parse(preprocess or "", base), names, digest)
+
+
+def build(model: str) -> torch.nn.Module:
+    """The bare network of a name; its weights are whatever its constructor gives. Raises BadRequest for an unknown name."""
+    if model in cifar.NETWORKS:
+        return cifar.NETWORKS[model]()
+    if ":" in model:
+        return _from_factory(model)
+    import torchvision.models
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        raise BadRequest(f"--model: there is no '{printable(model)}'; close to it: {closest(model, [*known, *cifar.NETWORKS])} (or your own, as module:factory)")
+    extra = {"init_weights": False, "transform_input": True} if model in ("inception_v3", "googlenet") else {}
+    return torchvision.models.get_model(model, weights=None, **extra)
+
+
+def _from_factory(model: str) -> torch.nn.Module:
+    module, _, factory = model.partition(":")
+    reach(os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), factory)()
+    except Exception as fault:
+        raise BadRequest(f"--model: {printable(model)} cannot be made ({type(fault).__name__}: {printable(fault)}); module:factory names an importable module and a function in it that needs no arguments") from None
+    if not isinstance(made, torch.nn.Module):
+        raise BadRequest(f"--model: {printable(model)} gave a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def reach(folder: str | None) -> None:
+    """Make modules of `folder` importable, as Python does for the folder that it is started in."""
+    if folder and folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def read_weights(path: str) -> tuple[dict[str, torch.Tensor], str]:
+    """(state dict, sha256 of the file). Finds the state inside a checkpoint; drops DataParallel's `module.` prefix."""
+    if not Path(path).is_file():
+        raise BadRequest(f"--weights: there is no file {printable(path)}")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as fault:
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0][:160]
+        raise BadRequest(f"--weights: {printable(path)} cannot be read as weights alone ({printable(reason)}); save a state dict with torch.save or as .safetensors") from None
+    for key in ("state_dict", "model", "model_state_dict", "net"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BadRequest(f"--weights: {printable(path)} holds no state dict (names with tensors); save model.state_dict()")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): v for name, v in state.items()}
+    return state, file_sha256(path)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fit(network: torch.nn.Module, state: dict[str, torch.Tensor], model: str) -> None:
+    """Load `state`, every key and shape of it. Raises BadRequest naming what does not fit."""
+    own = network.state_dict()
+    state = {name if name in own else OLD_DENSENET.sub(r"\1\2", name): value for name, value in state.items()}
+    counters = {name for name in own if name.endswith("num_batches_tracked")}
+    faults = [f"{name} is missing" for name in own if name not in state and name not in counters]
+    faults += [f"{name} is not in the network" for name in state if name not in own]
+    faults += [f"{name} is {list(state[name].shape)} where the network has {list(own[name].shape)}" for name in own if name in state and state[name].shape != own[name].shape]
+    if faults:
+        shown = "; ".join(map(printable, faults[:3])) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        raise BadRequest(f"--weights: these are not the weights of {printable(model)}: {shown}")
+    network.load_state_dict(state, strict=False)
+
+
+def digest_of(network: torch.nn.Module) -> str:
+    """sha256 over names, shapes and bytes of everything in the state dict."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def save_weights(network: torch.nn.Module, path: Path) -> None:
+    """The whole state dict as safetensors, so that a run directory can rebuild its network anywhere."""
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}, partial)
+    os.replace(partial, path)
+
+
+def restore(model: str, weights: Path) -> torch.nn.Module:
+    """The network of a run again, from its name and the weights kept in the run directory."""
+    network = build(model)
+    fit(network, read_weights(str(weights))[0], model)
+    return network.float().eval().requires_grad_(False)
+
+
+def _need_file(model: str, weights: str | None):
+    if not weights:
+        raise BadRequest(f"--weights: {model} comes without weights; name a .safetensors or .pth file")
+    return read_weights(weights)
+
+
+def _torchvision_weights(model: str, weights: str | None):
+    """(weights entry that tells preprocessing and class names, state, digest); a file counts as IMAGENET1K_V1."""
+    import torchvision.models
+
+    entries = torchvision.models.get_model_weights(model)
+    name = (weights or "DEFAULT").rpartition(".")[2]
+    if weights and name not in entries.__members__ and name != "DEFAULT":
+        return entries["IMAGENET1K_V1"] if "IMAGENET1K_V1" in entries.__members__ else entries.DEFAULT, *read_weights(weights)
+    entry = entries.DEFAULT if name == "DEFAULT" else entries[name]
+    try:
+        entry.get_state_dict(progress=False, check_hash=True)  # fetched into torch's cache where it is not there yet
+    except (urllib.error.URLError, OSError, RuntimeError) as fault:
+        raise BadRequest(f"--weights: {model}'s {entry.name} is not in torch's cache and cannot be fetched ({printable(fault)}); name a file with --weights, or put {Path(entry.url).name} into {torch.hub.get_dir()}/checkpoints") from None
+    return entry, *read_weights(str(Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)))
+
+
+def _torchvision_preprocessing(entry) -> Preprocessing:
+    recipe = entry.transforms()
+    return Preprocessing(recipe.resize_size[0], recipe.crop_size[0], recipe.interpolation.value, tuple(recipe.mean), tuple(recipe.std))
+
+
+def _check_finite(network: torch.nn.Module, origin: str) -> None:
+    bad = [name for name, value in network.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise BadRequest(f"--weights: {printable(origin)} has values that are not finite (NaN or infinity) in {printable(', '.join(bad[:3]))}")

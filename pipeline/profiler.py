@@ -1,0 +1,106 @@
+"""A unit of decoded samples -> its rows: batches of one size, the engine, and what makes a sample impossible to profile.
+
+Every batch has the run's batch size, the last one padded, and a sample's numbers do not depend on who shares its batch:
+so they are bit-equal however a unit was cut, retried or resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline import models
+from pipeline.errors import printable
+from pipeline.manifest import Manifest
+from pipeline.samples import Sample
+from pipeline.saliency import make_engine, set_precision
+from pipeline.saliency.loss import cross_entropy
+from pipeline.store import REJECTS, profiles_schema
+
+
+class Profiler:
+    """A run's network on one device. One a process: it sets the process's threads and precision, as run.json says."""
+
+    def __init__(self, manifest: Manifest, network: torch.nn.Module, device: str):
+        torch.set_num_threads(manifest.threads)
+        set_precision(manifest.precision)
+        self.manifest, self.device = manifest, torch.device(device)
+        self.engine = make_engine(manifest.engine, network.to(self.device), manifest.aggregation)
+
+    @classmethod
+    def restore(cls, run: Path, device: str) -> Profiler:
+        """From a run directory alone, on any machine that reaches it."""
+        manifest = Manifest.read(run)
+        models.reach(manifest.import_root)
+        return cls(manifest, models.restore(manifest.model, run / "weights.safetensors"), device)
+
+    def profile(self, samples: list[Sample], shard: str) -> tuple[pa.Table, pa.Table]:
+        """(profiles, rejects) of one unit, both in the order of the samples. A sample that fails is set aside, alone."""
+        reasons = {i: s.reason for i, s in enumerate(samples) if s.reason}
+        good = [i for i in range(len(samples)) if i not in reasons]
+        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for shape in dict.fromkeys(samples[i].pixels.shape for i in good):
+            alike = [i for i in good if samples[i].pixels.shape == shape]
+            for first in range(0, len(alike), self.manifest.batch_size):
+                self._isolate(samples, alike[first : first + self.manifest.batch_size], rows, reasons)
+        kept = [i for i in range(len(samples)) if i in rows]
+        rejects = [(samples[i].sample_id, shard, reasons[i]) for i in sorted(reasons)]
+        return self._table([samples[i] for i in kept], [rows[i] for i in kept], shard), pa.table(list(zip(*rejects)) or [[], [], []], schema=REJECTS)
+
+    def _isolate(self, samples, chosen, rows, reasons) -> None:
+        """Profile a batch; where it raises, each half of it, down to the samples that are the cause."""
+        try:
+            saliency, logits = self._batch([samples[i] for i in chosen])
+        except torch.OutOfMemoryError:
+            raise  # the batch is too large for the device; no sample is to blame
+        except Exception as fault:
+            if len(chosen) == 1:
+                reasons[chosen[0]] = f"the network fails on it: {printable(str(fault).splitlines()[0] if str(fault) else type(fault).__name__)[:200]}"
+                return
+            for half in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]):
+                self._isolate(samples, half, rows, reasons)
+            return
+        for row, i in enumerate(chosen):
+            if not np.isfinite(logits[row]).all():
+                reasons[i] = "the network's output for it is not finite"
+            elif not np.isfinite(saliency[row]).all():
+                reasons[i] = "its filter saliency is not finite"
+            else:
+                rows[i] = saliency[row], logits[row]
+
+    def _batch(self, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
+        """(s̄ float32 [B, F], logits float32 [B, C]) of at most a batch of samples of one shape."""
+        padding = self.manifest.batch_size - len(samples)
+        padded = samples + samples[-1:] * padding
+        pixels = torch.from_numpy(np.stack([s.pixels for s in padded])).to(self.device)
+        labels = torch.tensor([s.label for s in padded], device=self.device)
+        bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.manifest.precision == "bf16" else contextlib.nullcontext()
+        with bf16:
+            result = self.engine(self.manifest.preprocessing.normalise(pixels), labels)
+        return tuple(t[: len(samples)].float().cpu().numpy() for t in result)
+
+    def _table(self, samples: list[Sample], rows: list[tuple[np.ndarray, np.ndarray]], shard: str) -> pa.Table:
+        schema = profiles_schema(self.manifest.layers.total)
+        if not samples:
+            return schema.empty_table()
+        logits = torch.from_numpy(np.stack([logits for _, logits in rows])).double()
+        labels = torch.tensor([s.label for s in samples])
+        loss = cross_entropy(logits, labels)
+        confidence, prediction = logits.softmax(1).max(1)
+        saliency = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate([s for s, _ in rows])), type=schema.field("saliency").type)
+        columns = {
+            "sample_id": [s.sample_id for s in samples],
+            "label": labels.numpy(),
+            "prediction": prediction.numpy(),
+            "label_confidence": (-loss).exp().float().numpy(),
+            "prediction_confidence": confidence.float().numpy(),
+            "loss": loss.float().numpy(),
+            "saliency": saliency,
+            "thumbnail": [s.thumbnail for s in samples],
+            "shard": [shard] * len(samples),
+        }
+        return pa.table({name: pa.array(columns[name], schema.field(name).type) if name != "saliency" else saliency for name in schema.names}, schema=schema)

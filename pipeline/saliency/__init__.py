@@ -1,0 +1,77 @@
+"""Filter saliency s̄ of a batch: the mathematics alone, no files and no samples.
+
+An engine is called with images float32 [B, 3, H, W] and labels int64 [B] and gives a `Saliency`. There are two, and one
+is the other's check:
+
+    vmap   the definition: `torch.func.vmap(grad(L))`, one gradient a sample, whatever the network does
+    fused  one batched forward and backward; each layer's per-sample weight gradient is reduced as it passes and let go
+
+Both differentiate each sample's own cross-entropy (never the batch mean, which would scale s̄ by 1 / B) with the network in
+eval mode, and both leave the network as they found it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from pipeline.errors import BadRequest
+from pipeline.filters import FilterLayout
+
+AGGREGATIONS = ("abs", "signed")
+ENGINES = ("auto", "fused", "vmap")
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+class Saliency(NamedTuple):
+    """saliency: s̄, float32 [B, F], the mean |dL/dtheta| (`abs`) or |mean dL/dtheta| (`signed`) of each filter's weights;
+    logits: float32 [B, C]."""
+
+    saliency: torch.Tensor
+    logits: torch.Tensor
+
+
+class Engine(Protocol):
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency: ...
+
+
+def make_engine(name: str, network: torch.nn.Module, aggregation: str) -> Engine:
+    """`fused` or `vmap` for a network in eval mode. Raises BadRequest if the network has no 4-D weight, ValueError in training mode."""
+    from pipeline.saliency.fused import FusedEngine
+    from pipeline.saliency.vmap import VmapEngine
+
+    if any(module.training for module in network.modules()):
+        raise ValueError("filter saliency is defined in eval mode; call network.eval() first")
+    return {"fused": FusedEngine, "vmap": VmapEngine}[name](network, FilterLayout.of(network), aggregation)
+
+
+def choose_engine(network: torch.nn.Module, images: torch.Tensor) -> tuple[str, str]:
+    """(engine, why) for a network, from what it does with a few images float32 [B, 3, H, W], never from its class.
+
+    `fused` only if it is exact: see `pipeline.saliency.fused.objection`. Raises BadRequest if the network cannot take the images.
+    """
+    from pipeline.saliency.fused import objection
+
+    reason = objection(network, images)
+    return ("vmap", reason) if reason else ("fused", "every 4-D weight is used in one convolution")
+
+
+def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
+    """C, the number of classes, from one forward. Raises BadRequest if it fails or does not give logits [B, C], C >= 2."""
+    try:
+        with torch.no_grad():
+            logits = network(images)
+    except Exception as fault:
+        reason = str(fault).strip().splitlines()[0][:200] if str(fault).strip() else type(fault).__name__
+        raise BadRequest(f"--model: the network cannot take images of shape {list(images.shape)} ({reason}); check --preprocess") from None
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] != len(images) or logits.shape[1] < 2:
+        got = f"shape {list(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise BadRequest(f"--model: the network gives {got} for {len(images)} images; logits [{len(images)}, classes] with 2 classes or more are needed")
+    return logits.shape[1]
+
+
+def set_precision(precision: str) -> None:
+    """Make this process compute at `fp32` (no TF32 anywhere) or `tf32`; `bf16` is fp32 here and autocast in the profiler."""
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"

@@ -1,0 +1,224 @@
+"""The fused engine: one batched forward and backward, every layer's per-sample gradient reduced to [B, O] as it passes.
+
+While the network runs, each `conv2d` whose weight *is* one of the network's 4-D parameters is replaced by `_Convolution`, whose
+backward turns the layer's input and output gradient into filter saliency for every sample and never keeps more than a slice of
+per-sample weight gradients. Memory is that of an ordinary training step.
+
+Two per-sample products are used, both exact, chosen by shape alone (so that bits do not depend on the machine's load):
+one grouped convolution with a group for every sample where weights are few, and im2col with one matrix product a sample
+where they are many.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from pipeline.filters import FilterLayout
+from pipeline.saliency import Saliency
+from pipeline.saliency.loss import cross_entropy
+from pipeline.saliency.vmap import VmapEngine, reduce_filters
+
+SLICE_NUMBERS = 2**24  # per-sample gradient numbers held at once: 64 MiB in float32
+FEW_WEIGHTS = 2**16  # up to here a grouped convolution beats im2col on a CPU
+TOLERANCE = 1e-3  # relative, between one image's s̄ here and by autograd; float32 with a ReLU at its kink stays far below
+CONVOLUTIONS = (torch.conv2d, F.conv2d)
+LOOKS = ("dim", "size", "numel", "requires_grad_", "is_floating_point", "is_complex")  # functions that only ask about a weight
+VIEWS = ("T", "H", "mT", "mH", "real")  # properties through which its values pass
+
+
+class FusedEngine:
+    """See `pipeline.saliency.Engine`. Exact for networks to which `objection` has none."""
+
+    def __init__(self, network: torch.nn.Module, layout: FilterLayout, aggregation: str):
+        self.network, self.aggregation, self.filters = network, aggregation, layout.total
+        self.weights = [p for p in network.parameters() if p.dim() == 4]
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
+        """Raises RuntimeError if a weight is used in a way that this engine does not see (never returns a partial answer)."""
+        sink = _Sink(self.weights, len(images), self.aggregation, images.device)
+        with _frozen(self.network), torch.enable_grad(), sink:
+            logits = self.network(images.detach()).float()
+            sink.refuse()
+            if len(images) and logits.requires_grad:
+                cross_entropy(logits, labels).sum().backward()
+                sink.refuse()  # the backward pass may run parts of the network again
+        return Saliency(torch.cat(sink.parts, 1), logits.detach())
+
+
+class _Sink(TorchFunctionMode):
+    """Watches every torch function that a network calls, and takes over its convolutions.
+
+    parts: per layer the filter saliency [B, O], zero until the backward pass reaches it (or for ever, if the loss does
+    not depend on it); strange: uses of a 4-D weight that are not one plain convolution.
+    """
+
+    def __init__(self, weights: list[torch.nn.Parameter], batch: int, aggregation: str, device: torch.device):
+        super().__init__()
+        self.layer = {id(w): i for i, w in enumerate(weights)}
+        self.parts = [torch.zeros(batch, w.shape[0], device=device) for w in weights]
+        self.batch, self.aggregation, self.calls, self.strange = batch, aggregation, {}, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in CONVOLUTIONS:
+            return self._convolve(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "")  # the property that is read
+            looks = name not in VIEWS
+        else:
+            looks = name in LOOKS
+        if not looks:
+            for value in _leaves((args, kwargs)):
+                if id(value) in self.layer:
+                    self.strange.append(f"a 4-D weight of layer {self.layer[id(value)]} goes through {name}")
+        return func(*args, **kwargs)
+
+    def refuse(self) -> None:
+        """Raises RuntimeError if a 4-D weight was used in another way than in one plain convolution."""
+        if self.strange:
+            raise RuntimeError(f"the fused engine is not exact here: {self.strange[0]}; use --engine vmap")
+
+    def _convolve(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        layer = self.layer.get(id(weight))
+        if layer is None:
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        self.calls[layer] = self.calls.get(layer, 0) + 1
+        if self.calls[layer] > 1:
+            self.strange.append(f"the weight of layer {layer} is used in {self.calls[layer]} convolutions")
+        if input.dim() != 4 or input.shape[0] != self.batch:
+            self.strange.append(f"the convolution of layer {layer} sees {list(input.shape)}, not one map for each of {self.batch} images")
+        stride, dilation = _pair(stride), _pair(dilation)
+        if isinstance(padding, str):
+            input, padding = _pad_same(input, weight, dilation) if padding == "same" else input, (0, 0)
+        frozen = weight.detach().requires_grad_(True)  # makes the output part of the graph; its own gradient is never asked for
+        return _Convolution.apply(input, frozen, bias, stride, _pair(padding), dilation, groups, self, layer)
+
+
+class _Convolution(torch.autograd.Function):
+    """conv2d whose backward gives the gradient of its input, and each sample's filter saliency to the sink.
+
+    Autograd guards the saved input: if the network changes it in place before the backward pass, that pass raises.
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, stride, padding, dilation, groups, sink, layer):
+        ctx.save_for_backward(input, weight)
+        ctx.geometry, ctx.sink, ctx.layer = (stride, padding, dilation, groups), sink, layer
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        input, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        ctx.sink.parts[ctx.layer] += filter_saliency(input.to(gradient.dtype), gradient, weight.shape, stride, padding, dilation, groups, ctx.sink.aggregation)
+        below = None
+        if ctx.needs_input_grad[0]:
+            same = (t.to(gradient.dtype) for t in (input, weight))
+            below = torch.ops.aten.convolution_backward(gradient, *same, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))[0].to(input.dtype)
+        return below, *(None,) * 8
+
+
+def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, aggregation) -> torch.Tensor:
+    """s̄ of one convolution for every sample, float32 [B, O].
+
+    input: [B, I, H, W], what the layer saw; gradient: [B, O, H', W'], dL/d(output); shape: of the weight, (O, I / groups, k, k).
+    """
+    batch, out_channels = gradient.shape[:2]
+    per_sample = shape.numel()
+    step = max(1, SLICE_NUMBERS // per_sample)
+    product = _by_grouped_convolution if per_sample <= FEW_WEIGHTS or groups > 1 else _by_im2col
+    if product is _by_im2col and not input.is_cuda:
+        step = 1  # one sample's im2col stays in cache
+    parts = [reduce_filters(product(input[i : i + step], gradient[i : i + step], shape, stride, padding, dilation, groups).float(), aggregation) for i in range(0, batch, step)]
+    return torch.cat(parts) if parts else gradient.new_zeros(0, out_channels)
+
+
+def _by_grouped_convolution(input, gradient, shape, stride, padding, dilation, groups) -> torch.Tensor:
+    """Per-sample weight gradients [b, O, I / groups, k, k]: samples become groups of one image of b * I channels."""
+    b = len(input)
+    weight = input.new_empty((b * shape[0], *shape[1:]))
+    wide = [t.reshape(1, b * t.shape[1], *t.shape[2:]) for t in (gradient, input)]
+    out = torch.ops.aten.convolution_backward(*wide, weight, None, stride, padding, dilation, False, (0, 0), b * groups, (False, True, False))[1]
+    return out.view(b, *shape)
+
+
+def _by_im2col(input, gradient, shape, stride, padding, dilation, groups) -> torch.Tensor:
+    """Per-sample weight gradients [b, O, I * k * k] of an ungrouped convolution: dL/d(output) times the unfolded input."""
+    kernel = tuple(shape[2:])
+    if kernel == (1, 1) and stride == (1, 1) and padding == (0, 0):
+        columns = input.flatten(2)
+    else:
+        columns = F.unfold(input, kernel, dilation, padding, stride)
+    return torch.bmm(gradient.flatten(2), columns.transpose(1, 2))
+
+
+def objection(network: torch.nn.Module, images: torch.Tensor) -> str | None:
+    """Why the fused engine would not be exact for this network, or None. images: float32 [B, 3, H, W], two or more.
+
+    It looks at what the network does: whether its weights are used in one plain convolution each, whether an image's answer
+    depends on who shares its batch, and whether one image's s̄ is what autograd gives for the same loss.
+    """
+    if parametrised := [name for name, _ in network.named_modules() if name.endswith("parametrizations")]:
+        return f"{parametrised[0].rpartition('.')[0]} computes its weight from others"
+    layout = FilterLayout.of(network)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    try:
+        got = FusedEngine(network, layout, "abs")(images, labels)
+        alone = FusedEngine(network, layout, "abs")(images[:1], labels[:1])
+        if not torch.allclose(got.logits[:1], alone.logits, rtol=1e-2, atol=1e-3 * float(got.logits.abs().max())):
+            return "an image's logits depend on which images share its batch"
+        truth = _by_autograd(network, images[:1], labels[:1])
+    except RuntimeError as fault:
+        return str(fault).splitlines()[0].removeprefix("the fused engine is not exact here: ").removesuffix("; use --engine vmap")
+    error = float((alone.saliency - truth).norm() / truth.norm().clamp_min(1e-30))
+    if not error <= TOLERANCE:
+        return f"its filter saliency differs from autograd's by {error:.1e} on a trial image"
+    return None
+
+
+def _by_autograd(network, images, labels) -> torch.Tensor:
+    """s̄ [1, F] of one image by plain reverse mode, for `objection`."""
+    weights = [p for p in network.parameters() if p.dim() == 4]
+    with _frozen(network), torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_(True)
+        loss = cross_entropy(network(images).float(), labels).sum()
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    return torch.cat([(torch.zeros_like(w) if g is None else g)[None].flatten(2).abs().mean(2) for w, g in zip(weights, gradients)], 1)
+
+
+@contextmanager
+def _frozen(network: torch.nn.Module):
+    """No parameter asks for a gradient inside; each asks as before afterwards."""
+    asked = [(p, p.requires_grad) for p in network.parameters()]
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in asked:
+            parameter.requires_grad_(flag)
+
+
+def _leaves(value):
+    if isinstance(value, (tuple, list)):
+        for v in value:
+            yield from _leaves(v)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
+
+
+def _pad_same(input, weight, dilation) -> torch.Tensor:
+    """Explicit zeros for `padding="same"`; the odd one goes right and below, as torch does."""
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+    return F.pad(input, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2))

@@ -1,0 +1,49 @@
+"""The definition: s(x, y)_i = |dL(x, y) / dtheta_i| by `vmap(grad(L))`, then the mean over each filter (eq. 1, section 2.1).
+
+It holds the gradients of every 4-D weight for a chunk of samples at once, so the chunk is chosen to fit; it depends on the
+network alone, never on the machine, since results are bit-equal only for equal chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.func import functional_call, grad_and_value, vmap
+
+from pipeline.filters import FilterLayout
+from pipeline.saliency import Saliency
+from pipeline.saliency.loss import cross_entropy
+
+CHUNK_NUMBERS = 2**27  # gradient numbers held at once: 512 MiB in float32
+
+
+class VmapEngine:
+    """See `pipeline.saliency.Engine`. `aggregation`: `abs` or `signed`."""
+
+    def __init__(self, network: torch.nn.Module, layout: FilterLayout, aggregation: str):
+        self.network, self.aggregation = network, aggregation
+        self.names = [name for name, p in network.named_parameters() if p.dim() == 4]
+        self.filters = layout.total
+        self.chunk = max(1, CHUNK_NUMBERS // sum(p.numel() for p in network.parameters() if p.dim() == 4))
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
+        frozen = {name: p.detach() for name, p in self.network.named_parameters()}
+        weights = {name: frozen.pop(name) for name in self.names}
+
+        def loss(weights, image, label):
+            logits = functional_call(self.network, frozen | weights, (image[None],)).float()
+            return cross_entropy(logits, label[None])[0], logits[0]
+
+        def saliency(image, label):
+            gradients, (_, logits) = grad_and_value(loss, has_aux=True)(weights, image, label)
+            return torch.cat([reduce_filters(gradients[name][None], self.aggregation)[0] for name in self.names]), logits.detach()
+
+        if not len(images):
+            with torch.no_grad():
+                return Saliency(images.new_zeros(0, self.filters), self.network(images).float())
+        return Saliency(*vmap(saliency, chunk_size=self.chunk)(images, labels))
+
+
+def reduce_filters(gradients: torch.Tensor, aggregation: str) -> torch.Tensor:
+    """Per-sample gradients [B, O, ...] of one layer -> [B, O]: mean |g| over a filter's weights (`abs`), or |mean g| (`signed`)."""
+    flat = gradients.flatten(2)
+    return flat.abs().mean(2) if aggregation == "abs" else flat.mean(2).abs()

@@ -1,0 +1,119 @@
+"""mu and sigma of every filter over a reference set, merged from parts in float64, and the standardisation ŝ (eq. 2).
+
+A reference is a Parquet table with one row a filter in vector order: layer, filter, mean, std (n - 1), count. Its metadata say
+where it came from and with which aggregation, since |mean(grad)| and mean(|grad|) must never be mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import BadRequest, printable
+from pipeline.filters import FilterLayout
+
+DEAD = 1e-12  # a filter whose sigma is not above this contributes 0
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count n, mean and M2 (the sum of squared deviations from the mean) of vectors; mean, m2: float64 [F]."""
+
+    count: int
+    mean: np.ndarray
+    m2: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> Moments:
+        """Of s̄ [N, F], N may be 0."""
+        rows = rows.astype(np.float64)
+        mean = rows.mean(0) if len(rows) else np.zeros(rows.shape[1])
+        return cls(len(rows), mean, np.square(rows - mean).sum(0))
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both parts together (Chan, Golub and LeVeque, 1979)."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        delta = other.mean - self.mean
+        share = other.count / count
+        return Moments(count, self.mean + delta * share, self.m2 + other.m2 + np.square(delta) * (self.count * share))
+
+    @property
+    def std(self) -> np.ndarray:
+        """float64 [F], with n - 1; 0 for fewer than two samples."""
+        return np.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else np.zeros_like(self.mean)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """mu and sigma, float64 [F], over `count` samples (0: not known, as with imported ones)."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    count: int
+    aggregation: str
+    origin: str
+
+    @property
+    def live(self) -> np.ndarray:
+        """bool [F]: filters that are not dead, sigma > 1e-12."""
+        return self.std > DEAD
+
+    def standardise(self, rows: np.ndarray) -> np.ndarray:
+        """s̄ [N, F] -> ŝ float32 [N, F]: z-scores, and 0 where the filter is dead."""
+        return np.where(self.live, (rows - self.mean) / np.where(self.live, self.std, 1.0), 0.0).astype(np.float32)
+
+    def table(self, layout: FilterLayout) -> pa.Table:
+        layers = [name for name, filters in layout.layers for _ in range(filters)]
+        filters = [i for _, filters in layout.layers for i in range(filters)]
+        columns = {"layer": layers, "filter": pa.array(filters, pa.int32()), "mean": self.mean, "std": self.std, "count": pa.array([self.count] * len(layers), pa.int64())}
+        return pa.table(columns).replace_schema_metadata({"aggregation": self.aggregation, "origin": self.origin})
+
+    @classmethod
+    def read(cls, path: Path, layout: FilterLayout) -> Reference:
+        """Raises BadRequest if the file is absent, damaged, or of another network."""
+        try:
+            table = pq.read_table(path)
+            layers = list(zip(table["layer"].to_pylist(), table["filter"].to_pylist()))
+            about = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+            reference = cls(table["mean"].to_numpy(), table["std"].to_numpy(), table["count"][0].as_py(), about["aggregation"], about["origin"])
+        except (OSError, pa.ArrowException, KeyError, IndexError) as fault:
+            raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}): remove it and run faultline index again") from None
+        if layers != [(name, i) for name, filters in layout.layers for i in range(filters)]:
+            raise BadRequest(f"{printable(path)} holds the statistics of another network: {len(layers)} filters where this run has {layout.total}")
+        return reference
+
+
+def moments(blocks: Iterable[np.ndarray], filters: int) -> Moments:
+    """Of all rows of a stream of s̄ blocks [n, F], one block in memory at a time."""
+    total = Moments(0, np.zeros(filters), np.zeros(filters))
+    for block in blocks:
+        total = total + Moments.of(block)
+    return total
+
+
+def import_published(path: Path, aggregation: str, layout: FilterLayout) -> Reference:
+    """Somebody else's `mean` and `std`, as the authors publish them: a `.pth` dict of two vectors [F] in vector order.
+
+    Read with `weights_only=True`. Raises BadRequest if it is anything else, has another length, or is not finite.
+    """
+    import torch
+
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        mean, std = (np.asarray(torch.as_tensor(saved[key]).double()).reshape(-1) for key in ("mean", "std"))
+    except FileNotFoundError:
+        raise BadRequest(f"there is no file {printable(path)}") from None
+    except Exception as fault:
+        raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}); a torch file with a dict of two vectors, mean and std, is needed") from None
+    if len(mean) != layout.total or len(std) != layout.total:
+        raise BadRequest(f"{printable(path)} is about {len(mean)} filters, this run's network has {layout.total}: it belongs to another model")
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
+        raise BadRequest(f"{printable(path)} holds values that are not finite, or a negative std")
+    return Reference(mean, std, 0, aggregation, f"imported from {Path(path).name}")

@@ -1,0 +1,203 @@
+"""The files of a run: how profiles and rejects are written, listed and read back. `docs/format.md` is this file in prose.
+
+A unit is committed by one rename. Its rejects are written first, its profiles file, even one without rows, last; that rename is
+the commit. Names that no reader matches are used until then, so every `*.parquet` is whole and final at every moment.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from pipeline.errors import BadRequest, printable
+from pipeline.manifest import Manifest, read_json, write_json
+from pipeline.sources import Shard
+from pipeline.units import Unit, interval_of, plan
+
+REJECTS = pa.schema([("sample_id", pa.string()), ("shard", pa.string()), ("reason", pa.string())])
+
+
+def profiles_schema(filters: int) -> pa.Schema:
+    """One row a sample. saliency is s̄, float32 [F], not standardised; thumbnail a JPEG, longest side at most 128."""
+    return pa.schema(
+        [
+            ("sample_id", pa.string()),
+            ("label", pa.int32()),
+            ("prediction", pa.int32()),
+            ("label_confidence", pa.float32()),
+            ("prediction_confidence", pa.float32()),
+            ("loss", pa.float32()),
+            ("saliency", pa.list_(pa.field("element", pa.float32()), filters)),
+            ("thumbnail", pa.binary()),
+            ("shard", pa.string()),
+        ]
+    )
+
+
+def saliency_of(table: pa.Table | pa.RecordBatch) -> np.ndarray:
+    """The saliency column as float32 [N, F]."""
+    column = table.column(table.schema.get_field_index("saliency"))
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, column.type.list_size)
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a data set of a run is made of: the source, its shards, and how much of it was last asked for (None: all)."""
+
+    spec: str
+    kind: str
+    root: str
+    shards: tuple[Shard, ...]
+    limit: int | None
+
+    @property
+    def samples(self) -> int:
+        """Samples asked for."""
+        total = sum(shard.samples for shard in self.shards)
+        return total if self.limit is None else min(self.limit, total)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict) -> Census:
+        shards = tuple(Shard(**s | {"marks": tuple(map(tuple, s["marks"]))}) for s in fields["shards"])
+        return cls(**fields | {"shards": shards})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """samples = done + pending + rejected; images_per_s of the last stretch of work, None before two units are done."""
+
+    samples: int
+    done: int
+    pending: int
+    rejected: int
+    images_per_s: float | None
+
+
+class Store:
+    """A run directory. Holds paths alone; every answer is read from the files as they are now."""
+
+    def __init__(self, run: str | Path):
+        self.run = Path(run)
+
+    def manifest(self) -> Manifest:
+        return Manifest.read(self.run)
+
+    # ---- data sets ---------------------------------------------------------------------------------------------
+
+    def datasets(self) -> list[str]:
+        """Names, sorted."""
+        return sorted(p.stem for p in (self.run / "datasets").glob("*.json") if not p.name.startswith("."))
+
+    def census(self, dataset: str) -> Census:
+        """Raises BadRequest if the run has no such data set."""
+        path = self.run / "datasets" / f"{dataset}.json"
+        if not path.exists():
+            raise BadRequest(f"there is no data set '{printable(dataset)}' in {printable(self.run)}; it has: {', '.join(self.datasets()) or 'none yet (faultline extract makes one)'}")
+        try:
+            return Census.from_json(read_json(path))
+        except (KeyError, TypeError):
+            raise BadRequest(f"{printable(path)} cannot be read: extract the data set again with the same command") from None
+
+    def write_census(self, dataset: str, census: Census) -> None:
+        write_json(self.run / "datasets" / f"{dataset}.json", census.to_json())
+
+    def todo(self, dataset: str, unit_samples: int) -> list[Unit]:
+        """The units that are not committed, in order."""
+        census = self.census(dataset)
+        return plan(dataset, census.shards, self.committed(dataset), unit_samples, census.limit)
+
+    def progress(self, dataset: str) -> Progress:
+        """Counted from the files that exist."""
+        pending = sum(unit.samples for unit in self.todo(dataset, 1 << 30))
+        files = self.files(dataset)
+        rows = [pq.read_metadata(f).num_rows for f in files]
+        rejected = sum(pq.read_metadata(self.run / "rejects" / dataset / f.name).num_rows for f in files)
+        return Progress(sum(rows) + rejected + pending, sum(rows), pending, rejected, _rate(files))
+
+    # ---- units -------------------------------------------------------------------------------------------------
+
+    def files(self, dataset: str) -> list[Path]:
+        """Profile files of the committed units, in the order of their names."""
+        return sorted(p for p in (self.run / "profiles" / dataset).glob("*.parquet") if interval_of(p.stem))
+
+    def committed(self, dataset: str) -> list[str]:
+        """Stems of the committed units."""
+        return [p.stem for p in self.files(dataset)]
+
+    def is_committed(self, unit: Unit) -> bool:
+        return (self.run / "profiles" / unit.dataset / f"{unit.stem}.parquet").exists()
+
+    def commit(self, unit: Unit, profiles: pa.Table, rejects: pa.Table) -> None:
+        """Write a unit. Raises OSError (no space, read-only), and then nothing of it is visible."""
+        _write(self.run / "rejects" / unit.dataset / f"{unit.stem}.parquet", rejects)
+        _write(self.run / "profiles" / unit.dataset / f"{unit.stem}.parquet", profiles)
+
+    def sweep(self, dataset: str) -> None:
+        """Remove what attempts that died left behind. Call while no other job writes this data set."""
+        for folder in ("profiles", "rejects"):
+            for stale in (self.run / folder / dataset).glob(".*.tmp"):
+                stale.unlink(missing_ok=True)
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    def blocks(self, dataset: str, columns: list[str], rows: int = 256) -> Iterator[tuple[Path, int, pa.RecordBatch]]:
+        """(file, position of its first row in the file, batch of at most `rows`) over all profiles, in a fixed order."""
+        for file in self.files(dataset):
+            position = 0
+            with pq.ParquetFile(file) as parquet:
+                for batch in parquet.iter_batches(rows, columns=columns):
+                    yield file, position, batch
+                    position += batch.num_rows
+
+    def profiles(self, dataset: str) -> ds.Dataset:
+        """The profiles as a pyarrow dataset."""
+        self.census(dataset)
+        return ds.dataset([str(f) for f in self.files(dataset)], schema=profiles_schema(self.manifest().layers.total), format="parquet")
+
+    def rejects(self, dataset: str) -> pa.Table:
+        """sample_id, shard, reason of every sample set aside by a committed unit."""
+        tables = [pq.read_table(self.run / "rejects" / dataset / f.name, schema=REJECTS) for f in self.files(dataset)]
+        return pa.concat_tables(tables) if tables else REJECTS.empty_table()
+
+
+def replace_file(path: Path, write) -> None:
+    """`write(partial)` under a name that no reader matches, flushed to the disk, then renamed to `path`. Nothing stays if it raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd", row_group_size=1024))
+
+
+def _rate(files: list[Path]) -> float | None:
+    """Images a second over the last stretch of commits: the times of the files, long pauses between jobs left out."""
+    stamps = sorted((f.stat().st_mtime, interval_of(f.stem)) for f in files)
+    steps = [(b - a, stop - start) for (a, _), (b, (_, start, stop)) in zip(stamps, stamps[1:])]
+    if not steps:
+        return None
+    pause = 10 * sorted(gap for gap, _ in steps)[len(steps) // 2] + 1
+    steady = [(gap, samples) for gap, samples in steps if gap <= pause]
+    seconds = sum(gap for gap, _ in steady)
+    return round(sum(samples for _, samples in steady) / seconds, 2) if seconds > 0 else None

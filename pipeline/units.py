@@ -1,0 +1,85 @@
+"""The unit of work: at most a few hundred consecutive samples of one shard; the unit of decoding, retry, commit and progress.
+
+A unit's name follows from data set, shard and position alone, so a unit that runs twice overwrites itself, and what is done
+is what exists. Planning is a set difference: what is asked for, less the intervals that are committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from pipeline.sources import Shard
+
+MOST = 1024  # samples of a unit
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Samples [start, stop) of a shard of a data set; `marks` tell the reader where to begin."""
+
+    dataset: str
+    shard: str
+    start: int
+    stop: int
+    marks: tuple[tuple[int, object], ...] = ()
+
+    @property
+    def samples(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def stem(self) -> str:
+        """The file name of its profiles and rejects, without `.parquet`."""
+        return f"{shard_stem(self.shard)}-{self.start:08d}-{self.stop:08d}"
+
+    def halves(self) -> list[Unit]:
+        """Two units that cover the same samples; a unit of one sample has none."""
+        middle = (self.start + self.stop) // 2
+        return [Unit(self.dataset, self.shard, a, b, self.marks) for a, b in ((self.start, middle), (middle, self.stop)) if b > a and self.samples > 1]
+
+    def to_json(self, marks: bool = True) -> str:
+        return json.dumps(asdict(self) if marks else asdict(self) | {"marks": ()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Unit:
+        fields = json.loads(text)
+        return cls(**fields | {"marks": tuple(map(tuple, fields["marks"]))})
+
+
+def shard_stem(shard: str) -> str:
+    """A shard's path as a file name that every reader lists (no leading `.` or `_`) and that no other shard has."""
+    plain = re.sub(r"[^A-Za-z0-9.=-]+", "-", shard.removesuffix(".tar"))[-120:].strip(".-")
+    return plain if plain and plain + ".tar" == shard else f"{plain or 'shard'}-{hashlib.sha256(shard.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+def interval_of(stem: str) -> tuple[str, int, int] | None:
+    """(shard stem, start, stop) of a unit's file name without `.parquet`; None for any other name."""
+    match = re.fullmatch(r"(.+)-(\d{8,})-(\d{8,})", stem)
+    return (match[1], int(match[2]), int(match[3])) if match else None
+
+
+def plan(dataset: str, shards: Iterable[Shard], committed: Iterable[str], most: int, limit: int | None) -> list[Unit]:
+    """The units that are still to do, in order: the first `limit` samples of `shards` less the `committed` stems.
+
+    A unit begins at a multiple of `most` or where a committed one ends, so a try with a small `limit` is never computed again.
+    """
+    done: dict[str, list[tuple[int, int]]] = {}
+    for stem in committed:
+        if interval := interval_of(stem):
+            done.setdefault(interval[0], []).append(interval[1:])
+    units, left = [], float("inf") if limit is None else limit
+    for shard in shards:
+        stop = int(min(shard.samples, left))
+        left -= stop
+        position = 0
+        for a, b in [*sorted(done.get(shard_stem(shard.name), [])), (stop, stop)]:
+            while position < min(a, stop):
+                end = min(a, stop, (position // most + 1) * most)
+                units.append(Unit(dataset, shard.name, position, end, shard.marks_for(position, end)))
+                position = end
+            position = max(position, b)
+    return units

@@ -1,0 +1,78 @@
+"""What the numbers should be, said in the slowest and plainest way, in float64. Nothing here imports the code under test.
+
+N samples, F filters, K neighbours, C classes, as everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def saliency(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, aggregation: str) -> np.ndarray:
+    """s̄, float64 [N, F], one sample at a time: d(cross-entropy)/d(weight) for each 4-D weight, then the mean over each of its
+    rows: of |g| (`abs`), or |of g| (`signed`). A weight that the loss does not depend on has gradient 0."""
+    network = copy.deepcopy(network).double().eval()
+    weights = [p.requires_grad_(True) for _, p in network.named_parameters() if p.dim() == 4]
+    rows = []
+    for image, label in zip(images.double(), labels):
+        loss = F.cross_entropy(network(image[None]), label[None])
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        row = []
+        for weight, gradient in zip(weights, gradients):
+            filters = torch.zeros_like(weight) if gradient is None else gradient
+            filters = filters.reshape(weight.shape[0], -1)
+            row.extend(filters.abs().mean(1).tolist() if aggregation == "abs" else filters.mean(1).abs().tolist())
+        rows.append(row)
+    return np.array(rows, dtype=np.float64)
+
+
+def logits(network: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
+    """float64 [N, C], one sample at a time."""
+    network = copy.deepcopy(network).double().eval()
+    with torch.no_grad():
+        return torch.cat([network(image[None]) for image in images.double()]).numpy()
+
+
+def relative_errors(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """[N]: |got - truth| / |truth|, Euclidean norms over the filters."""
+    return np.linalg.norm(np.asarray(got, dtype=np.float64) - truth, axis=1) / np.linalg.norm(truth, axis=1)
+
+
+def mean_and_std(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of [N, F], in two passes over the rows: mean, then std with n - 1 (0 for fewer than two rows)."""
+    count, filters = rows.shape
+    mean, squares = np.zeros(filters), np.zeros(filters)
+    for row in rows:
+        mean += row.astype(np.float64) / count
+    for row in rows:
+        squares += (row.astype(np.float64) - mean) ** 2
+    return mean, np.sqrt(squares / (count - 1)) if count > 1 else np.zeros(filters)
+
+
+def standardise(rows: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """ŝ, float64 [N, F]; a filter with std <= 1e-12 is dead and gives 0."""
+    out = np.zeros(rows.shape)
+    for i, row in enumerate(rows):
+        for k, value in enumerate(row):
+            if std[k] > 1e-12:
+                out[i, k] = (float(value) - mean[k]) / std[k]
+    return out
+
+
+def cosine_neighbours(queries: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(positions int [Q, K], cosine float64 [Q, K]) of the `count` most similar rows, best first, the first of equals first.
+    A vector of zeros has similarity 0 with everything."""
+    positions, similarities = [], []
+    for query in queries.astype(np.float64):
+        scores = []
+        for row in rows.astype(np.float64):
+            norms = np.sqrt(query @ query) * np.sqrt(row @ row)
+            scores.append(query @ row / norms if norms > 0 else 0.0)
+        order = np.argsort(-np.array(scores), kind="stable")[:count]
+        positions.append(order)
+        similarities.append(np.array(scores)[order])
+    return np.array(positions), np.array(similarities)

@@ -1,0 +1,102 @@
+"""Class folders: labels by rank, IDs that a tar of the tree shares, and a tree that changed under a run."""
+
+import os
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+import shards
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import BadRequest
+from pipeline.sources import open_source
+
+TREE = {
+    "dog/2.jpg": b"d2",
+    "dog/10.PNG": b"d10",
+    "cat/1.jpg": b"c1",
+    "cat/sub/1.jpeg": b"cs1",
+    "cat/notes.txt": b"",
+    "cat/.1.jpg": b"hidden",
+    "bird/": b"",
+    ".cache/x.jpg": b"hidden",
+    "readme.jpg": b"no class",
+}
+
+
+def test_label_is_the_rank_of_the_folder(tmp_path):
+    """An empty class folder keeps its rank; what is hidden, of another kind, or in no folder is not there."""
+    source, names = open_source(str(shards.write_tree(tmp_path, TREE)))
+    assert (source.kind, names, source.classes()) == ("class folders", ["."], ["bird", "cat", "dog"])
+    assert [(s.sample_id, s.image, s.label) for s in shards.samples(source, ".")] == [("cat/1", b"c1", 1), ("cat/sub/1", b"cs1", 1), ("dog/10", b"d10", 2), ("dog/2", b"d2", 2)]
+
+
+def test_ids_are_those_of_a_tar_of_the_tree(tmp_path):
+    """So that an image is known by one ID however its data set was packed."""
+    tree = shards.write_tree(tmp_path / "tree", {"cat/1.jpg": b"1", "cat/v1.5/a.b.jpg": b"2", "dog é/x\u202ey.jpg": b"3", os.fsdecode(b"dog/\xff.jpg"): b"4"})
+    with tarfile.open(tmp_path / "tree.tar", "w") as tar:
+        for name in sorted(os.listdir(tree)):
+            tar.add(tree / name, name)
+    ids = [[s.sample_id for s in shards.samples(source, *names)] for source, names in (open_source(str(tree)), open_source(str(tmp_path / "tree.tar")))]
+    assert sorted(ids[0]) == sorted(ids[1]) == ["cat/1", "cat/v1.5/a", "dog é/x\u202ey", "dog/\\xff"]
+
+
+@pytest.mark.parametrize(
+    "path, sample_id",
+    [
+        ("n01440764/ILSVRC2012_val_00000293.JPEG", "ILSVRC2012_val_00000293"),
+        ("n01440764/ILSVRC2012_val_00000293_n01440764.JPEG", "ILSVRC2012_val_00000293"),
+        ("n01440764/n01440764_10026.JPEG", "n01440764_10026"),
+        ("n01440764/n01440764_10026_n01440764.JPEG", "n01440764_10026"),
+        ("0/ILSVRC2012_val_00000293_copy.JPEG", "0/ILSVRC2012_val_00000293_copy"),
+        ("0/1.jpeg", "0/1"),
+    ],
+)
+def test_names_of_imagenet_stand_alone(tmp_path, path, sample_id):
+    """The flat folder, class folders and Kaggle's names give one ID for one image."""
+    source, names = open_source(str(shards.write_tree(tmp_path, {path: shards.photo()})))
+    assert [s.sample_id for s in shards.samples(source, *names)] == [sample_id]
+
+
+@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=6).filter(any), bounds=st.tuples(st.integers(0, 24), st.integers(0, 24)))
+def test_class_folders_read_from_any_position(counts, bounds):
+    with tempfile.TemporaryDirectory() as folder:
+        shards.write_tree(Path(folder), {f"{c}/": b"" for c in range(len(counts))} | {f"{c}/{i}.jpg": b"%d %d" % (c, i) for c, n in enumerate(counts) for i in range(n)})
+        source, (name,) = open_source(folder)
+        everything = shards.samples(source, name)
+        assert [s.label for s in everything] == [c for c, n in enumerate(counts) for _ in range(n)]
+        start, stop = sorted(min(b, len(everything)) for b in bounds)
+        if start < stop:
+            assert shards.samples(source, name, start, stop) == everything[start:stop]
+
+
+@pytest.mark.parametrize("change", ["file added", "file added after", "file removed", "file renamed", "class removed"])
+def test_folder_that_changed_is_refused_on_read(tmp_path, change):
+    """Positions would mean other images: no unit is made of them."""
+    source, (name,) = open_source(str(shards.write_tree(tmp_path, TREE)))
+    shard = source.census(name)
+    if change == "file added":
+        (tmp_path / "cat/0.jpg").write_bytes(b"new")
+    elif change == "file added after":
+        (tmp_path / "cat/z.jpg").write_bytes(b"new")
+    elif change == "file removed":
+        (tmp_path / "cat/1.jpg").unlink()
+    elif change == "file renamed":
+        (tmp_path / "cat/1.jpg").rename(tmp_path / "cat/z.jpg")
+    else:
+        shutil.rmtree(tmp_path / "cat")
+    assert source.census(name).version != shard.version
+    with pytest.raises(BadRequest, match="cat holds other files than when the run began: put them back, or begin another run"):
+        list(source.read(shard.marks_for(0, 3), name, 0, 3))
+
+
+def test_class_added_later_moves_no_label_of_a_census(tmp_path):
+    """Labels are those of the census, whatever rank a folder would have today; the version says that the tree changed."""
+    source, (name,) = open_source(str(shards.write_tree(tmp_path, TREE)))
+    shard = source.census(name)
+    before = list(source.read(shard.marks, name, 0, 4))
+    shards.write_tree(tmp_path, {"ant/1.jpg": b"new"})
+    assert list(source.read(shard.marks, name, 0, 4)) == before and source.census(name).version != shard.version

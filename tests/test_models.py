@@ -1,0 +1,265 @@
+"""Weights are data and fit whole or not at all; names are torchvision's, the CIFAR networks' or a factory's; filters have one order."""
+
+import os
+import re
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pipeline import models
+from pipeline.errors import BadRequest
+from pipeline.filters import FilterLayout
+from pipeline.samples import PRESETS, Preprocessing
+
+NET = "resnet20"
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    return models.build(NET).state_dict()
+
+
+def equal(network: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    own = network.state_dict()
+    return all(torch.equal(own[name], value.to(own[name].dtype)) for name, value in state.items())
+
+
+# ---- weights files -------------------------------------------------------------------------------------------------
+
+WRAPPINGS = {
+    "bare": lambda state: state,
+    "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}},
+    "model": lambda state: {"model": state},
+    "net": lambda state: {"net": state, "acc": 95.5},
+    "DataParallel": lambda state: {f"module.{name}": value for name, value in state.items()},
+    "DataParallel in a checkpoint": lambda state: {"model_state_dict": {f"module.{name}": value for name, value in state.items()}},
+    "without counters": lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
+    "half precision": lambda state: {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_state_is_found_in_a_pth(tmp_path, state, wrapping):
+    torch.save(WRAPPINGS[wrapping](state), tmp_path / "w.pth")
+    got = models.load(NET, str(tmp_path / "w.pth"), None)
+    expected = {name: value.half() for name, value in state.items()} if wrapping == "half precision" else state
+    assert equal(got.network, expected) and got.weights_sha256 == models.file_sha256(tmp_path / "w.pth")
+    assert not any(p.requires_grad or p.dtype != torch.float32 for p in got.network.parameters()) and not any(m.training for m in got.network.modules())
+    assert got.preprocessing == PRESETS["cifar"] and got.class_names[0] == "airplane"
+
+
+def test_safetensors_and_another_digest_for_other_weights(tmp_path, state):
+    save_file(state, tmp_path / "w.safetensors")
+    save_file(state | {"linear.bias": state["linear.bias"] + 1}, tmp_path / "v.safetensors")
+    first, second = (models.load(NET, str(tmp_path / f"{name}.safetensors"), "resize=40") for name in "wv")
+    assert equal(first.network, state) and first.weights_sha256 != second.weights_sha256
+    assert first.preprocessing == Preprocessing(40, None)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("layer1.0.conv1.weight"), "layer1.0.conv1.weight is missing"),
+        (lambda s: s.update(extra=torch.zeros(1)), "extra is not in the network"),
+        (lambda s: s.update({"linear.weight": torch.zeros(100, 64)}), r"linear.weight is \[100, 64\] where the network has \[10, 64\]"),
+        (lambda s: s.update({"conv1.weight": torch.zeros(16, 3, 3)}), r"conv1.weight is \[16, 3, 3\]"),
+        (lambda s: [s.pop(name) for name in list(s) if "layer3" in name], r"layer3.* is missing; .*; and \d+ more"),
+        (lambda s: s.update({"e\x1b[2J": torch.zeros(1)}), re.escape("e\\x1b[2J is not in the network")),
+    ],
+    ids=["missing", "unexpected", "shape", "dimensions", "many", "control characters"],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, state, change, message):
+    other = dict(state)
+    change(other)
+    torch.save(other, tmp_path / "w.pth")
+    with pytest.raises(BadRequest, match=f"^--weights: these are not the weights of resnet20: .*{message}"):
+        models.load(NET, str(tmp_path / "w.pth"), None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, state, value):
+    for name in ("layer1.0.conv1.weight", "layer1.0.bn1.running_var"):
+        bad = state[name].clone().view(-1).index_fill(0, torch.tensor([3]), value).view_as(state[name])
+        torch.save(state | {name: bad}, tmp_path / "w.pth")
+        with pytest.raises(BadRequest, match=f"^--weights: .*w.pth has values that are not finite .*{name}"):
+            models.load(NET, str(tmp_path / "w.pth"), None)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_weights_never_runs(tmp_path, state):
+    torch.save({"state_dict": state, "hyper_parameters": Bomb(tmp_path / "ran")}, tmp_path / "w.pth")
+    with pytest.raises(BadRequest, match="^--weights: .*w.pth cannot be read as weights alone .*save a state dict"):
+        models.load(NET, str(tmp_path / "w.pth"), None)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "w.pth", weights_only=False)
+    assert (tmp_path / "ran").exists()  # so it would have
+
+
+def test_files_that_are_no_weights(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    torch.save({"lr": 0.1}, tmp_path / "numbers.pth")
+    torch.save({}, tmp_path / "empty.pth")
+    (tmp_path / "text.pth").write_text("<html>404</html>")
+    (tmp_path / "text.safetensors").write_text("<html>404</html>")
+    for name in ("tensor", "numbers", "empty"):
+        with pytest.raises(BadRequest, match=f"{name}.pth holds no state dict"):
+            models.read_weights(str(tmp_path / f"{name}.pth"))
+    for name in ("text.pth", "text.safetensors"):
+        with pytest.raises(BadRequest, match=f"{name} cannot be read as weights alone"):
+            models.read_weights(str(tmp_path / name))
+    for name in ("nowhere.pth", "."):
+        with pytest.raises(BadRequest, match="^--weights: there is no file"):
+            models.read_weights(str(tmp_path / name))
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, near", [("resnet5O", "resnet50"), ("resnet21", "resnet20"), ("squeezenet", "squeezenet1_1"), ("", ""), ("fasterrcnn_resnet50_fpn", "")])
+def test_unknown_name_suggests(name, near):
+    """The closest ones, the CIFAR networks among them; a detector is no classifier."""
+    with pytest.raises(BadRequest, match=f"^--model: there is no '{name}'; close to it: .*{near}.*module:factory"):
+        models.load(name, None, None)
+
+
+def test_cifar_network_needs_weights():
+    with pytest.raises(BadRequest, match="^--weights: resnet56 comes without weights; name a .safetensors or .pth file"):
+        models.load("resnet56", None, None)
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    (tmp_path / "made_here.py").write_text(
+        "import torch\n"
+        "def net():\n    torch.manual_seed(1)\n    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(2))\n"
+        "def small():\n    torch.manual_seed(1)\n    n = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))\n    n.class_names = ('a', 'b')\n    return n\n"
+        "def dictionary():\n    return {}\n"
+        "def needs(x):\n    return x\n"
+        "def breaks():\n    raise OSError('no\\x1b[2J disk')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("made_here", None)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere_at_all:net", "nowhere_at_all:net cannot be made .ModuleNotFoundError"),
+        ("made_here:absent", "made_here:absent cannot be made .AttributeError"),
+        ("made_here:dictionary", "made_here:dictionary gave a dict, not a torch.nn.Module"),
+        ("made_here:needs", "cannot be made .TypeError"),
+        ("made_here:breaks", r"cannot be made .OSError: no\\x1b\[2J disk"),
+        ("made_here:", "cannot be made"),
+        (":net", "cannot be made"),
+    ],
+)
+def test_factory_that_fails_is_named(factories, name, message):
+    with pytest.raises(BadRequest, match=f"^--model: .*{message}"):
+        models.load(name, None, "cifar")
+
+
+def test_factory_must_say_its_preprocessing_or_be_told(factories):
+    with pytest.raises(BadRequest, match="^--preprocess: made_here:small does not say how its images are prepared"):
+        models.load("made_here:small", None, None)
+    got = models.load("made_here:small", None, "cifar")
+    assert got.preprocessing == PRESETS["cifar"] and got.class_names == ("a", "b") and not got.network.training
+
+
+def test_network_survives_the_run_directory(factories):
+    """The weights that a factory brought, buffers too, come back bit for bit under the same digest, whatever the factory draws then."""
+    got = models.load("made_here:small", None, "cifar")
+    got.network[1].running_mean.fill_(0.3)
+    models.save_weights(got.network, factories / "weights.safetensors")
+    again = models.restore("made_here:small", factories / "weights.safetensors")
+    assert equal(again, got.network.state_dict()) and models.digest_of(again) == models.digest_of(got.network) != got.weights_sha256
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    assert not [p for p in factories.iterdir() if p.name.startswith(".")]
+
+
+def test_tied_weights_survive_the_run_directory(tmp_path):
+    """safetensors refuses tensors that share memory."""
+    network = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    network[1].weight = network[0].weight
+    models.save_weights(network, tmp_path / "w.safetensors")
+    assert equal(network, models.read_weights(str(tmp_path / "w.safetensors"))[0])
+
+
+def test_digest_is_of_names_shapes_and_values():
+    one = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False))
+    digests = {models.digest_of(one)}
+    with torch.no_grad():
+        one[0].weight[0, 0] = torch.nextafter(one[0].weight[0, 0], torch.ones(()))
+    digests.add(models.digest_of(one))
+    one[0].weight = nn.Parameter(one[0].weight.detach().reshape(3, 4, 1, 1))
+    digests.add(models.digest_of(one))
+    digests.add(models.digest_of(nn.ModuleDict({"a": one[0]})))
+    assert len(digests) == 4
+
+
+# ---- torchvision ---------------------------------------------------------------------------------------------------
+
+
+def layout(name: str) -> FilterLayout:
+    with torch.device("meta"):
+        return FilterLayout.of(models.build(name))
+
+
+@pytest.mark.parametrize("name, filters", [("resnet50", 26_560), ("vgg19", 5_504), ("densenet121", 10_240), ("inception_v3", 18_112), ("resnet56", 2_032)])
+def test_filters_of_the_paper(name, filters):
+    """As many as the authors published statistics for, in the order of the 4-D weights in named_parameters."""
+    own = layout(name)
+    assert own.total == filters
+    with torch.device("meta"):
+        assert [n for n, _ in own.layers] == [n.removesuffix(".weight") for n, p in models.build(name).named_parameters() if p.dim() == 4]
+
+
+def test_auxiliary_heads_and_projections_have_their_place():
+    assert "AuxLogits.conv0.conv" in layout("inception_v3").slices and layout("resnet50").locate(448)[0] == "layer1.0.downsample.0"
+
+
+def test_files_of_densenet_say_their_names_in_the_old_way():
+    """torchvision's own checkpoints have `norm.1.weight` where its module has `norm1.weight`, and its loader translates."""
+    torch.manual_seed(0)
+    source, target = models.build("densenet121"), models.build("densenet121")
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name): value for name, value in source.state_dict().items() if "num_batches" not in name}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    models.fit(target, old, "densenet121")
+    assert equal(target, {name: value for name, value in source.state_dict().items() if "num_batches" not in name})
+
+
+def test_weights_file_means_imagenet1k_v1(tmp_path):
+    """Its preprocessing and class names, not those of newer weights; a file for Inception means its input transform."""
+    torch.manual_seed(0)
+    save_file({name: value.clone() for name, value in models.build("squeezenet1_1").state_dict().items()}, tmp_path / "w.safetensors")
+    got = models.load("squeezenet1_1", str(tmp_path / "w.safetensors"), None)
+    assert got.preprocessing == PRESETS["imagenet"] and len(got.class_names) == 1000 and got.class_names[2] == "great white shark"
+    with torch.device("meta"):
+        assert models.build("inception_v3").transform_input and models.build("googlenet").transform_input
+
+
+def test_weights_that_cannot_be_fetched_are_named(monkeypatch, tmp_path):
+    """On a machine without a network: which file goes where."""
+    import urllib.error
+
+    import torchvision
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    torch.hub.set_dir(str(tmp_path))
+    with pytest.raises(BadRequest, match=r"^--weights: squeezenet1_1's IMAGENET1K_V1 is not in torch's cache .*put squeezenet1_1-b8a52dc0.pth into .*checkpoints"):
+        models.load("squeezenet1_1", "SqueezeNet1_1_Weights.IMAGENET1K_V1", None)

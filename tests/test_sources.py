@@ -1,0 +1,292 @@
+"""Tar shards: what one is taken to hold, from any position; what `--source` may say; and what is refused by name."""
+
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+import shards
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import BadRequest
+from pipeline.sources import Shard, expand_braces, open_source, webdataset
+
+
+def of_tar(path: Path, members, **kwargs):
+    """Samples of one tar of (name, content)."""
+    source, names = open_source(str(shards.write_tar(path / "a.tar", members, **kwargs)))
+    return shards.samples(source, *names)
+
+
+def special(name: str, kind: bytes, target: str = "") -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info, b""
+
+
+# ---- tar shards: what is a sample ----------------------------------------------------------------------------------
+
+
+def test_members_of_one_key_are_one_sample(tmp_path):
+    got = of_tar(tmp_path, [("b.jpg", b"J"), ("b.cls", b"3\n"), ("b.txt", b"a caption"), ("a.cls", b" 0 "), ("a.png", b"P"), ("c.JPEG", b"G"), ("c.Cls", b"12")])
+    assert [(s.sample_id, s.image, s.label, s.fault) for s in got] == [("b", b"J", 3, None), ("a", b"P", 0, None), ("c", b"G", 12, None)]
+
+
+def test_key_keeps_folders_and_ends_at_the_first_dot_of_the_name(tmp_path):
+    """As WebDataset has it: a dot in a folder ends nothing, and `a.1.jpg` is member `1.jpg` of `a`, which is no image."""
+    got = of_tar(tmp_path, [("v1.0/cat/x.jpg", b"J"), ("v1.0/cat/x.cls", b"1"), ("v1.0/dog/x.jpg", b"K"), ("v1.0/dog/x.cls", b"2"), ("a.1.jpg", b"J"), ("a.cls", b"1")])
+    assert [s.sample_id for s in got] == ["v1.0/cat/x", "v1.0/dog/x", "a"]
+    assert [s.image for s in got[:2]] == [b"J", b"K"] and "no image" in got[2].fault
+
+
+def test_absolute_and_climbing_names_are_only_names(tmp_path):
+    """Nothing is unpacked, so a path in an archive leads nowhere; its sample is read like any other."""
+    got = of_tar(tmp_path, [("/etc/x.jpg", b"J"), ("/etc/x.cls", b"1"), ("../../y.jpg", b"K"), ("../../y.cls", b"2")])
+    assert [(s.sample_id, s.image, s.label) for s in got] == [("/etc/x", b"J", 1), ("../../y", b"K", 2)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"]
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_strange_names_are_stored_as_text(tmp_path, format):
+    """A newline, a right-to-left mark, bytes that are no UTF-8, and a name longer than a tar header."""
+    names = ["two\nlines", "abc\u202egnp", os.fsdecode(b"caf\xe9"), "long/" * 60 + "x"]
+    got = of_tar(tmp_path, [member for name in names for member in ((f"{name}.jpg", b"J"), (f"{name}.cls", b"1"))], format=format)
+    assert [s.sample_id for s in got] == ["two\nlines", "abc\u202egnp", "caf\\xe9", "long/" * 60 + "x"]
+    assert [s.sample_id.encode() for s in got] and all(s.fault is None for s in got)
+
+
+def test_hidden_and_special_members_are_no_part_of_a_sample(tmp_path):
+    """Folders, links, devices, and the `._` files that macOS adds, also where they lie between the members of a sample."""
+    got = of_tar(
+        tmp_path,
+        [
+            special("cat", tarfile.DIRTYPE),
+            ("cat/a.jpg", b"J"),
+            ("cat/._a.jpg", b"mac"),
+            special("cat/a.png", tarfile.SYMTYPE, "/etc/passwd"),
+            special("cat/a.jpeg", tarfile.LNKTYPE, "cat/a.jpg"),
+            special("cat/fifo.jpg", tarfile.FIFOTYPE),
+            special("cat/disk.jpg", tarfile.BLKTYPE),
+            ("cat/.DS_Store", b""),
+            ("cat/a.cls", b"4"),
+        ],
+    )
+    assert [(s.sample_id, s.image, s.label, s.fault) for s in got] == [("cat/a", b"J", 4, None)]
+
+
+@pytest.mark.parametrize(
+    "members, fault",
+    [
+        ([("x.cls", b"1")], "no image (.jpg, .jpeg or .png)"),
+        ([("x.gif", b"G"), ("x.cls", b"1")], "no image"),
+        ([("x.jpg", b"J")], "no label (.cls, or .json with"),
+        ([("x.jpg", b"J"), ("x.jpg", b"K"), ("x.cls", b"1")], "two members named .jpg"),
+        ([("x.jpg", b"J"), ("x.cls", b"1"), ("x.CLS", b"2")], "two members named .cls"),
+        ([("x.jpg", b"J"), ("x.cls", b"cat")], "its .cls holds 'cat', not a whole number"),
+        ([("x.jpg", b"J"), ("x.cls", b"1.5")], "'1.5', not a whole number"),
+        ([("x.jpg", b"J"), ("x.cls", b"")], "'', not a whole number"),
+        ([("x.jpg", b"J"), ("x.cls", b"\xff\x1b[2J\n1")], "'\ufffd\\x1b[2J\\n1'"),
+        ([("x.jpg", b"J"), ("x.cls", b"1" * 10_000)], None),
+        ([("x.jpg", b"J"), ("x.json", b'{"label": "cat"}')], 'the label in its .json is "cat", not a whole number'),
+        ([("x.jpg", b"J"), ("x.json", b'{"label": true}')], "is true, not a whole number"),
+        ([("x.jpg", b"J"), ("x.json", b'{"label": 1.0}')], "is 1.0, not a whole number"),
+        ([("x.jpg", b"J"), ("x.json", b"[1]")], 'its .json holds no "label"'),
+        ([("x.jpg", b"J"), ("x.json", b"{")], 'its .json holds no "label"'),
+        ([("x.jpg", b"J"), ("x.json", b"[" * 100_000)], 'its .json holds no "label"'),
+        ([("x.jpg", b"J"), ("x.json", b'{"label": ' + b"9" * 5000 + b"}")], 'its .json holds no "label"'),
+        ([("x.jpg", b"J"), ("x.json", b"\xff")], 'its .json holds no "label"'),
+    ],
+    ids=lambda value: None if isinstance(value, list) else (value or "a long number")[:30],
+)
+def test_what_is_missing_is_said_and_the_sample_kept_in_place(tmp_path, members, fault):
+    got = of_tar(tmp_path, [("before.jpg", b"J"), ("before.cls", b"0"), *members, ("z.jpg", b"J"), ("z.cls", b"0")])
+    assert [s.sample_id for s in got] == ["before", "x", "z"] and got[0].fault is got[2].fault is None
+    if fault is None:
+        assert got[1].fault is None and got[1].label > 10**60  # set aside later, as out of range
+    else:
+        assert fault in got[1].fault and got[1].image == b""
+
+
+def test_json_label_counts_only_without_cls(tmp_path):
+    got = of_tar(tmp_path, [("a.jpg", b"J"), ("a.json", b'{"label": 7, "url": "x"}'), ("b.jpg", b"J"), ("b.json", b'{"label": 7}'), ("b.cls", b"2")])
+    assert [s.label for s in got] == [7, 2]
+
+
+# ---- tar shards: reading from anywhere -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """(source, shard name, all its samples): samples of one to three members, some without an image, names of all lengths."""
+    members = []
+    for i in range(300):
+        name = ("folder/" * (i % 40)) + f"{i}"
+        members += [(f"{name}.jpg", b"J" * (i % 700))] * (i % 17 != 0) + [(f"{name}.cls", b"%d" % i)] + [(f"{name}.txt", b"t" * 513)] * (i % 3 == 0)
+    source, (name,) = open_source(str(shards.write_tar(tmp_path_factory.mktemp("long") / "a.tar", members)))
+    everything = shards.samples(source, name)
+    assert len(everything) == 300 and len(source.census(name).marks) == 3
+    return source, name, everything
+
+
+@given(bounds=st.tuples(st.integers(0, 300), st.integers(0, 300)))
+def test_reading_from_any_position_is_a_slice_of_the_whole(long, bounds):
+    source, name, everything = long
+    start, stop = sorted(bounds)
+    if start < stop:
+        assert shards.samples(source, name, start, stop) == everything[start:stop]
+
+
+def test_marks_are_few_and_reading_begins_at_the_nearest(long):
+    """So that the last unit of a shard does not read the whole of it."""
+    source, name, _ = long
+    shard = source.census(name)
+    assert [position for position, _ in shard.marks] == [0, webdataset.MARK_EVERY, 2 * webdataset.MARK_EVERY]
+    assert [shard.marks_for(*interval)[0][0] for interval in ((0, 5), (127, 129), (128, 129), (299, 300))] == [0, 0, 128, 256]
+    assert [position for position, _ in shard.marks_for(100, 200)] == [0, 128]
+
+
+def test_reader_travels_to_another_process(long):
+    source, name, everything = long
+    assert list(pickle.loads(pickle.dumps(source)).read(source.census(name).marks, name, 0, 5)) == everything[:5]
+
+
+# ---- tar shards: damaged -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", ["at once", "in the first header", "in an image", "in a header", "between two members", "between two samples", "before the end mark"])
+def test_truncated_tar_is_refused(tmp_path, cut):
+    """Wherever the transfer ended: the file is named, and what to do. No shorter data set is made of it."""
+    path = shards.write_shard(tmp_path / "cut \u202e.tar", [0, 1, 2])
+    with tarfile.open(path) as tar:
+        members = list(tar)
+    end = members[-1].offset_data + 512
+    at = {
+        "at once": 0,
+        "in the first header": 100,
+        "in an image": members[2].offset_data + 50,
+        "in a header": members[2].offset + 100,
+        "between two members": members[3].offset,
+        "between two samples": members[4].offset,
+        "before the end mark": end,
+    }[cut]
+    path.write_bytes(path.read_bytes()[:at])
+    source, (name,) = open_source(str(path))
+    with pytest.raises(BadRequest, match=r"cut \\u202e\.tar cannot be read to its end .*fetch it again, or leave it out of --source"):
+        source.census(name)
+
+
+def test_damaged_header_hides_no_samples(tmp_path):
+    """Python's tarfile takes a damaged header for the end of the archive."""
+    path = shards.write_shard(tmp_path / "a.tar", [0, 1, 2])
+    with tarfile.open(path) as tar:
+        offset = list(tar)[2].offset
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    source, (name,) = open_source(str(path))
+    with pytest.raises(BadRequest, match="a.tar cannot be read to its end"):
+        source.census(name)
+
+
+def test_bare_end_is_enough(tmp_path):
+    """One block of zeros ends a tar, padding to a record or not; and a tar of nothing holds nothing."""
+    path = shards.write_shard(tmp_path / "a.tar", [0, 1, 2])
+    with tarfile.open(path) as tar:
+        end = list(tar)[-1].offset_data + 512
+    path.write_bytes(path.read_bytes()[: end + 512])
+    source, (name,) = open_source(str(path))
+    assert source.census(name).samples == 3
+    empty, (name,) = open_source(str(shards.write_tar(tmp_path / "empty.tar", [])))
+    assert empty.census(name).samples == 0
+
+
+def test_shard_that_shrank_since_the_census_is_refused(tmp_path):
+    """A reader counts on; a unit is never made of fewer samples than it stands for."""
+    source, (name,) = open_source(str(shards.write_shard(tmp_path / "a.tar", [0, 1, 2])))
+    shard = source.census(name)
+    shards.write_shard(tmp_path / "a.tar", [0, 1])
+    with pytest.raises(BadRequest, match="a.tar holds 2 samples where it held 3 or more when the run began"):
+        list(source.read(shard.marks, name, 0, 3))
+    assert source.census(name).version != shard.version
+
+
+# ---- what --source may say -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        ("a.tar", ["a.tar"]),
+        ("{a,b}.tar", ["a.tar", "b.tar"]),
+        ("v-{08..11}.tar", ["v-08.tar", "v-09.tar", "v-10.tar", "v-11.tar"]),
+        ("v-{8..11}", ["v-8", "v-9", "v-10", "v-11"]),
+        ("v-{2..0}", ["v-2", "v-1", "v-0"]),
+        ("{a,b}{0..1}", ["a0", "a1", "b0", "b1"]),
+        ("{x}-{y..z}", ["{x}-{y..z}"]),
+        ("{,s}", ["", "s"]),
+    ],
+)
+def test_braces_expand_as_in_a_shell(pattern, expected):
+    assert expand_braces(pattern) == expected
+
+
+@pytest.fixture
+def many(tmp_path):
+    for name in ("val-00.tar", "val-01.tar", "val-02.tar", "train/a.tar", "test/a.tar"):
+        shards.write_shard(tmp_path / name, [0])
+    (tmp_path / ".val-03.tar").write_bytes(b"half a download")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "spec, names",
+    [
+        ("val-00.tar", ["val-00.tar"]),
+        ("val-{00..02}.tar", ["val-00.tar", "val-01.tar", "val-02.tar"]),
+        ("val-{02..01}.tar", ["val-02.tar", "val-01.tar"]),
+        ("val-*.tar", ["val-00.tar", "val-01.tar", "val-02.tar"]),
+        ("val-0[12].tar", ["val-01.tar", "val-02.tar"]),
+        ("{val-00,val-0?}.tar", ["val-00.tar", "val-01.tar", "val-02.tar"]),
+        ("**/a.tar", ["test/a.tar", "train/a.tar"]),
+        ("{train,test}/a.tar", ["train/a.tar", "test/a.tar"]),
+        ("", ["test/a.tar", "train/a.tar", "val-00.tar", "val-01.tar", "val-02.tar"]),
+    ],
+)
+def test_patterns_name_shards_by_their_path_below_the_root(many, spec, names):
+    """In the order that was said, sorted inside a pattern, each once, hidden ones not; names of shards in two folders differ."""
+    source, got = open_source(os.path.join(many, spec))
+    assert (source.kind, got) == ("webdataset", names) and source.root == str(many)
+    assert [source.census(name).samples for name in got] == [1] * len(names)
+
+
+def test_relative_path_and_brackets_in_a_real_name(tmp_path, monkeypatch):
+    """A file whose name looks like a pattern is that file."""
+    shards.write_shard(tmp_path / "set [v2]" / "a[0].tar", [0])
+    monkeypatch.chdir(tmp_path)
+    for spec in ("set [v2]/a[0].tar", "set [v2]"):
+        source, (name,) = open_source(spec)
+        assert source.census(name).samples == 1 and os.path.isabs(source.root)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("nowhere.tar", "there is no .*nowhere.tar; give tar shards"),
+        ("val-{00..05}.tar", r"there is no .*val-03.tar \(and 2 more\)"),
+        ("x*.tar", r"there is no .*x\*\.tar"),
+        ("set.tar.gz", "set.tar.gz is not a tar shard: unpack it with gunzip first"),
+        ("set.zip", "set.zip is not a tar shard: shards end in .tar"),
+        ("{val-00.tar,set.zip}", "set.zip is not a tar shard"),
+        ("nothing", "holds neither .tar shards nor class folders with images"),
+        ("evil\n\x1b[2J.tar", r"there is no .*evil\\n\\x1b\[2J.tar"),
+    ],
+)
+def test_unusable_source_is_refused_by_name(many, spec, message):
+    shards.write_tree(many, {"set.tar.gz": b"", "set.zip": b"", "nothing/x/readme.txt": b""})
+    with pytest.raises(BadRequest, match=f"^--source: .*{message}" if not message.startswith("there") else f"^--source: {message}"):
+        open_source(os.path.join(many, spec))
+
+def test_marks_of_a_shard_without_samples():
+    assert Shard("a", 0, "", ()).marks_for(0, 0) == ()
