@@ -54,24 +54,22 @@ def build(store: Store, datasets: list[str], reference: str, subset: str, name: 
     standard = ensure_reference(store, reference, tick)
     if standard.aggregation != manifest.aggregation:
         raise BadRequest(f"--reference: {printable(reference)} was aggregated as '{standard.aggregation}', this run as '{manifest.aggregation}'; the two are never mixed")
+    counts = {dataset: sum(len(_kept(batch, subset)) for _, _, batch in store.blocks(dataset, ["label", "prediction"], 65536)) for dataset in datasets}
+    if not sum(counts.values()):
+        raise BadRequest(f"there is no misclassified sample in {', '.join(map(printable, datasets))}: nothing to index; --subset all indexes every sample")
     about = identity(store, datasets, reference, subset)
     folder = store.run / "index" / name
-    (folder / "index.json").unlink(missing_ok=True)
-    counts: dict[str, int] = dict.fromkeys(datasets, 0)
 
     def write(partial: Path) -> None:
-        with open(partial, "wb") as out, pq.ParquetWriter(folder / f".rows.{partial.name}", ROWS.with_metadata({"identity": about["identity"]}), compression="zstd") as rows:
-            out.write(flat_header(0, manifest.layers.total))
+        rows_partial = folder / f".rows.{partial.name}"
+        with open(partial, "wb") as out, pq.ParquetWriter(rows_partial, ROWS.with_metadata({"identity": about["identity"]}), compression="zstd") as rows:
+            out.write(flat_header(sum(counts.values()), manifest.layers.total))
             for dataset in datasets:
                 for vectors, table in _rows(store, dataset, subset, standard, tick):
                     out.write(np.ascontiguousarray(vectors, "<f4").data)
                     rows.write_table(table)
-                    counts[dataset] += table.num_rows
-            out.seek(0)
-            out.write(flat_header(sum(counts.values()), manifest.layers.total))
-        if not sum(counts.values()):
-            raise BadRequest(f"there is no misclassified sample in {', '.join(map(printable, datasets))}: nothing to index; --subset all indexes every sample")
-        (folder / f".rows.{partial.name}").replace(folder / "rows.parquet")
+        (folder / "index.json").unlink(missing_ok=True)  # from here to the new one there is no index; until here the old one serves
+        rows_partial.replace(folder / "rows.parquet")
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -140,8 +138,9 @@ def identity(store: Store, datasets: list[str], reference: str, subset: str) -> 
 
 
 def normalise(vectors: np.ndarray) -> np.ndarray:
-    """Rows of float32 [N, F] to unit L2 length; a zero row stays zero, so that its cosine with anything is 0."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    """Rows of float32 [N, F] to unit L2 length, however long or short; a zero row stays zero, so that its cosine with anything is 0."""
+    lengths = np.sqrt(np.einsum("nf,nf->n", vectors, vectors, dtype=np.float64))  # squares of float32 leave float32's range
+    return np.divide(vectors, np.where(lengths > 0, lengths, 1.0)[:, None], out=np.empty(vectors.shape, np.float32), casting="same_kind")
 
 
 def flat_header(rows: int, filters: int) -> bytes:
@@ -155,14 +154,18 @@ def _rows(store: Store, dataset: str, subset: str, standard: Reference, tick):
     tick(f"index {dataset}", 0, total)
     for file, position, batch in store.blocks(dataset, [*FACTS, "saliency"]):
         facts = pa.Table.from_batches([batch])
-        label, prediction = (facts[c].to_numpy() for c in ("label", "prediction"))
-        keep = np.flatnonzero(label != prediction) if subset == "errors" else np.arange(len(label))
-        seen += len(label)
+        keep = _kept(batch, subset)
+        seen += batch.num_rows
         tick(f"index {dataset}", seen, total)
         if len(keep):
             chosen = facts.select(FACTS).take(keep)
             columns = [pa.array([dataset] * len(keep)), *chosen.columns, pa.array([file.name] * len(keep)), pa.array(position + keep, pa.int32())]
             yield normalise(standard.standardise(saliency_of(batch)[keep])), pa.table(columns, schema=ROWS)
+
+
+def _kept(batch: pa.RecordBatch, subset: str) -> np.ndarray:
+    """Positions in a batch of profiles that belong to the subset."""
+    return np.flatnonzero(batch["label"].to_numpy() != batch["prediction"].to_numpy()) if subset == "errors" else np.arange(batch.num_rows)
 
 
 def _refuse_duplicates(store: Store, dataset: str) -> None:

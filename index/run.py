@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from pipeline.errors import BadRequest, printable
 from pipeline.manifest import Manifest
 from pipeline.statistics import Reference
-from pipeline.store import Progress, Store, saliency_of
+from pipeline.store import Progress, Store, read_table, saliency_of
 
 NEIGHBOURS = pa.schema(
     [("rank", pa.int32()), ("sample_id", pa.string()), ("dataset", pa.string()), ("similarity", pa.float32()), ("label", pa.int32()), ("prediction", pa.int32()),
@@ -60,7 +58,7 @@ class Run:
         """Per data set: samples, done, pending, rejected, images_per_s."""
         return {dataset: self.store.progress(dataset) for dataset in self.datasets}
 
-    def profiles(self, dataset: str) -> ds.Dataset:
+    def profiles(self, dataset: str):
         """The profiles of a data set as a pyarrow dataset: filter and project before `to_table()`, it may be larger than memory."""
         return self.store.profiles(dataset)
 
@@ -69,7 +67,7 @@ class Run:
         path = self.store.run / "statistics" / f"{name}.parquet"
         if not path.exists():
             raise BadRequest(f"there are no statistics '{printable(name)}' in {printable(self.store.run)}: faultline index makes those of its --reference")
-        return pq.read_table(path)
+        return read_table(path)
 
     def index(self, name: str | None = None):
         """The index of that name (see `index.search.Index`); stays open. Raises BadRequest if it is absent or stale."""
@@ -114,12 +112,15 @@ class Run:
         return self._read(place, columns).to_pylist()[0]
 
     def _read(self, place: Place, columns: list[str]) -> pa.Table:
-        return pq.read_table(place.file, columns=columns).slice(place.position, 1)
+        return read_table(place.file, columns=columns).slice(place.position, 1)
 
     def find(self, sample: str) -> Place:
         """Where `sample_id` or `dataset:sample_id` lies. Raises BadRequest, with the closest IDs, if it is in no data set, or in two."""
         dataset, colon, rest = sample.partition(":")
-        candidates = [(d, sample) for d in self.datasets] + ([(dataset, rest)] if colon and dataset in self.datasets else [])
+        explicit = [(dataset, rest)] if colon and dataset in self.datasets else []
+        if explicit and (place := self._scan(dataset, rest)):
+            return place  # so that every sample can be named, whatever colons are in the IDs
+        candidates = [(d, sample) for d in self.datasets] + explicit
         places = [place for d, sample_id in candidates if (place := self._scan(d, sample_id))]
         if len(places) == 1:
             return places[0]
@@ -131,20 +132,20 @@ class Run:
             reasons = aside.filter(pc.equal(aside["sample_id"], sample_id))["reason"].to_pylist()
             if reasons:
                 raise BadRequest(f"'{printable(sample)}' was set aside when {printable(d)} was extracted: {printable(reasons[0])}")
-        named = candidates[-1:] if colon and dataset in self.datasets else candidates
+        named = explicit or candidates
         near = [f"{d}:{i}" for d, sample_id in named for i in self._close(d, sample_id)]
         raise BadRequest(f"there is no sample '{printable(sample)}' in this run; close to it: {', '.join(map(printable, near)) or 'none, it has no samples'}")
 
     def _scan(self, dataset: str, sample_id: str) -> Place | None:
         for file in self.store.files(dataset):
-            position = pc.index(pq.read_table(file, columns=["sample_id"])["sample_id"], sample_id).as_py()
+            position = pc.index(read_table(file, columns=["sample_id"])["sample_id"], sample_id).as_py()
             if position >= 0:
                 return Place(dataset, sample_id, file, position)
         return None
 
     def _close(self, dataset: str, sample_id: str, window: int = 50) -> list[str]:
         """The two most similar IDs of a data set, among a few dozen that begin or end alike: quick in a data set of any size."""
-        ids = self.profiles(dataset).to_table(columns=["sample_id"])["sample_id"].to_pylist()
+        ids = [i for _, _, batch in self.store.blocks(dataset, ["sample_id"], 65536) for i in batch["sample_id"].to_pylist()]
         near = set()
         for turn in (lambda s: s, lambda s: s[::-1]):
             ordered = sorted(map(turn, ids))

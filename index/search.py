@@ -13,13 +13,14 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from index.build import identity, normalise
 from pipeline.errors import BadRequest, closest, printable
 from pipeline.manifest import read_json
-from pipeline.store import Store
+from pipeline.store import Store, read_table
 
+MARGIN = 16  # neighbours that FAISS finds beyond those asked for
+NOISE = 1e-6  # more than float32 can be wrong by in an inner product of unit vectors
 BLOCK_NUMBERS = 2**26  # numbers copied at once where a range of columns is cut out: 256 MiB
 
 
@@ -31,14 +32,17 @@ class Index:
         self.folder = folder_of(store, name)
         if not (self.folder / "index.json").exists():
             raise BadRequest(f"the index {printable(self.folder)} is unfinished: run faultline index again")
-        self.about = read_json(self.folder / "index.json")
+        try:
+            self.about = read_json(self.folder / "index.json")
+        except BadRequest:
+            raise BadRequest(f"the index {printable(self.folder)} cannot be read (its index.json): run faultline index again") from None
         try:
             now = identity(store, list(self.about["datasets"]), self.about["reference"], self.about["subset"])
             if now["identity"] != self.about["identity"]:
                 changed = [key for key in ("run", "datasets", "reference_profiles", "statistics_sha256") if now[key] != self.about[key]]
                 words = {"run": "run.json", "datasets": "its profiles", "reference_profiles": "the reference's profiles", "statistics_sha256": "its statistics"}
                 raise BadRequest(f"the index {printable(self.folder)} is stale: {', '.join(words[c] for c in changed)} changed since it was built; run faultline index again")
-            self.rows = pq.read_table(self.folder / "rows.parquet")
+            self.rows = read_table(self.folder / "rows.parquet")
             self._flat = faiss.read_index(str(self.folder / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
         except (OSError, RuntimeError, KeyError, pa.ArrowException) as fault:
             raise BadRequest(f"the index {printable(self.folder)} cannot be read ({type(fault).__name__}): run faultline index again") from None
@@ -99,10 +103,35 @@ class Index:
 
 
 def nearest(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(inner products [Q, k], rows [Q, k]) of the k largest, by FAISS: on the GPU where it sees one."""
+    """(inner products float32 [Q, k], rows int64 [Q, k]) of the k largest, equals in the order of their rows.
+
+    FAISS finds a few more than k, in float32 and with equals in any order; float64 decides among them. So an answer does not
+    depend on how many ask at once, and a smaller k gives the beginning of a larger one's answer.
+    """
+    wide = min(k + MARGIN, len(vectors))
+    candidates = _faiss(queries, vectors, wide)
+    similarity, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    for i, query in enumerate(queries):
+        among = np.sort(candidates[i])
+        scores = _inner(vectors[among], query)
+        order = np.argsort(-scores, kind="stable")
+        if wide < len(vectors) and scores[order[k - 1]] - scores[order[-1]] < NOISE:  # more equals than were found: look at all
+            among, scores = np.arange(len(vectors)), _inner(vectors, query)
+            order = np.argsort(-scores, kind="stable")
+        similarity[i], rows[i] = scores[order[:k]], among[order[:k]]
+    return similarity, rows
+
+
+def _inner(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Inner products [N], summed in float64, as float32."""
+    return np.einsum("nf,f->n", vectors, query, dtype=np.float64).astype(np.float32)
+
+
+def _faiss(queries: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:
+    """Rows [Q, k] of the k largest inner products: on the GPU where FAISS sees one."""
     if faiss.get_num_gpus():
-        return faiss.knn_gpu(faiss.StandardGpuResources(), queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+        return faiss.knn_gpu(faiss.StandardGpuResources(), queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    return faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[1]
 
 
 def folder_of(store: Store, name: str | None) -> Path:

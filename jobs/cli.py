@@ -6,7 +6,7 @@ Exit codes: 0 complete, 2 wrong request, 3 complete but more set aside than --ma
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import signal
 import sys
@@ -218,6 +218,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
     except Fault as fault:
         code = _end(str(fault), fault.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -231,10 +232,17 @@ def main() -> None:
     except Exception as defect:
         if os.environ.get("FAULTLINE_DEBUG"):
             raise
-        text = str(defect).strip().splitlines()
-        code = _end(f"a defect of faultline: {type(defect).__name__}: {printable(text[0] if text else '')[:300]}\nFAULTLINE_DEBUG=1 shows where; what is done is kept", 1)
-    sys.stdout.flush()
+        code = _unforeseen(defect)
     sys.exit(code)
+
+
+def _unforeseen(defect: Exception) -> int:
+    """A disk that refuses is the user's to mend; everything else is a defect of ours."""
+    if isinstance(defect, OSError) and defect.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT):
+        code = Stopped.exit_code if defect.errno in (errno.ENOSPC, errno.EDQUOT) else BadRequest.exit_code
+        return _end(f"{printable(defect.filename or 'a file')} cannot be used ({defect.strerror}): put that right and give the same command again", code)
+    text = str(defect).strip().splitlines()
+    return _end(f"a defect of faultline: {type(defect).__name__}: {printable(text[0] if text else '')[:300]}\nFAULTLINE_DEBUG=1 shows where; what is done is kept", 1)
 
 
 def _end(message: str, code: int) -> int:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import BadRequest, Stopped, printable
@@ -79,8 +80,11 @@ def _start(address: str | None):
     import ray.data
 
     warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)  # bounded retries have no other spelling in this Ray
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"ray\.data\.")
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    log = logging.getLogger("ray.data")
+    for handler in [h for h in log.handlers if isinstance(h, logging.StreamHandler)]:
+        log.removeHandler(handler)  # the terminal; its file in Ray's session folder stays
     if not ray.is_initialized():
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}}
         try:
@@ -147,7 +151,9 @@ def _decode(batch: pa.Table, decoder: Decoder) -> pa.Table:
     decoded = decoder(Unit.from_json(batch["unit"][0].as_py()))
     with pa.ipc.new_stream(sink, decoded.schema) as stream:
         stream.write_table(decoded)
-    return pa.table({"decoded": pa.array([sink.getvalue()], pa.large_binary())})
+    content = sink.getvalue()
+    ends = pa.py_buffer(np.array([0, content.size], np.int64))
+    return pa.table({"decoded": pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, content])})
 
 
 class _Writer:

@@ -55,7 +55,7 @@ def gallery(path: Path, query: dict, neighbours: list[dict], title: str) -> None
     """Draw an image and its K >= 0 neighbours, best first, into `path`, a .png, .svg or .pdf; it appears whole or not at all.
 
     Each dict has sample_id, dataset, label, prediction, label_name and prediction_name (None: the number is shown), confidence,
-    and thumbnail (encoded bytes); a neighbour also has similarity and pair (`same`, `reverse` or `other`).
+    and thumbnail (JPEG bytes); a neighbour also has similarity and pair (`same`, `reverse` or `other`).
     Raises BadRequest for another ending, or if the file cannot be written.
     """
     path = Path(path)
@@ -83,7 +83,7 @@ def _gallery(query: dict, neighbours: list[dict], title: str) -> Figure:
     left, right, top = MARGIN, MARGIN + QUERY + CHANNEL, MARGIN + _lines(1, HEADING) + 0.16
     own, legend = page.caption(query, QUERY, LARGE), _legend(page, query, neighbours)
     own_image = _enlarge(query["thumbnail"], QUERY)
-    bottom = top + _height(own_image) + 0.09 + _lines(len(own), LARGE) + 0.2 + sum(_lines(len(lines), SMALL) + 0.05 for _, lines in legend)
+    bottom = top + _height(own_image) + 0.09 + _lines(len(own), LARGE) + sum(_lines(len(lines), SMALL) + 0.05 for _, lines in legend) + (0.15 if legend else 0)
 
     rows, y = [], top  # (top, height of its tallest image, [(neighbour, its image, its caption)])
     for first in range(0, len(neighbours), columns):
@@ -271,12 +271,12 @@ def _height(pixels: np.ndarray | None) -> float:
 
 
 def _enlarge(encoded: bytes, side: float) -> np.ndarray | None:
-    """uint8 [H, W, 3] whose longer side is `side` inches, or None if it is no image. Up to 48 pixels stay visible as squares, more are interpolated."""
+    """uint8 [H, W, 3] whose longer side is `side` inches, or None if it is no JPEG. Up to 48 pixels stay visible as squares, more are interpolated."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(encoded)) as file:
+            with Image.open(io.BytesIO(encoded), formats=("JPEG",)) as file:
                 image = file.convert("RGB")
     except Exception:  # PIL's decoders raise almost anything on a damaged file
         return None

@@ -71,7 +71,13 @@ def table(head: list[str], rows: list[list]) -> None:
         out.add_column(name, overflow="fold")
     for row in rows:
         out.add_row(*(Text(printable(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 400, highlight=False).print(out)
+    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False)
+    console.on_broken_pipe = _nobody_reads
+    console.print(out)
+
+
+def _nobody_reads() -> None:
+    raise BrokenPipeError  # for the command to end quietly, as with JSON; rich would exit with code 1
 
 
 def _json(value) -> None:

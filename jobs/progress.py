@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -11,8 +12,11 @@ PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
 
 
 def say(text: str) -> None:
-    """One line to stderr; stdout belongs to results."""
-    print(text, file=sys.stderr, flush=True)
+    """One line to stderr; stdout belongs to results. Where nobody reads it any more, the job goes on unheard."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class ProgressBar:

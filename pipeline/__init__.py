@@ -2,7 +2,8 @@
 
 The stages, in the only order in which they import each other, meet through files:
 
-    sources -> samples -> models, filters -> saliency -> profiler -> store -> statistics
+    sources -> samples -> filters, models -> saliency -> manifest -> units -> store -> profiler -> worker
+                          filters -> statistics
 
 Nothing here imports Ray or FAISS, and `import pipeline` imports nothing at all.
 

@@ -1,12 +1,14 @@
 """A unit of decoded samples -> its rows: batches of one size, the engine, and what makes a sample impossible to profile.
 
-Every batch has the run's batch size, the last one padded, and a sample's numbers do not depend on who shares its batch:
-so they are bit-equal however a unit was cut, retried or resumed.
+Every batch has the run's batch size, padded where samples are missing, and a sample's row in it follows from its position in the
+shard alone. Its numbers do not depend on who shares its batch, but a matrix product may round a row by where it lies in memory:
+with a row of its own a sample is bit-equal however a unit was cut, retried or resumed.
 """
 
 from __future__ import annotations
 
 import contextlib
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -38,23 +40,27 @@ class Profiler:
         models.reach(manifest.import_root)
         return cls(manifest, models.restore(manifest.model, run / "weights.safetensors"), device)
 
-    def profile(self, samples: list[Sample], shard: str) -> tuple[pa.Table, pa.Table]:
-        """(profiles, rejects) of one unit, both in the order of the samples. A sample that fails is set aside, alone."""
+    def profile(self, samples: list[Sample], shard: str, start: int) -> tuple[pa.Table, pa.Table]:
+        """(profiles, rejects) of one unit, the samples from position `start` of a shard on; both in the order of the samples.
+
+        A sample that fails is set aside, alone.
+        """
+        shard = shard.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         reasons = {i: s.reason for i, s in enumerate(samples) if s.reason}
         good = [i for i in range(len(samples)) if i not in reasons]
         rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for shape in dict.fromkeys(samples[i].pixels.shape for i in good):
             alike = [i for i in good if samples[i].pixels.shape == shape]
-            for first in range(0, len(alike), self.manifest.batch_size):
-                self._isolate(samples, alike[first : first + self.manifest.batch_size], rows, reasons)
+            for _, batch in groupby(alike, lambda i: (start + i) // self.manifest.batch_size):
+                self._isolate(samples, start, list(batch), rows, reasons)
         kept = [i for i in range(len(samples)) if i in rows]
         rejects = [(samples[i].sample_id, shard, reasons[i]) for i in sorted(reasons)]
         return self._table([samples[i] for i in kept], [rows[i] for i in kept], shard), pa.table(list(zip(*rejects)) or [[], [], []], schema=REJECTS)
 
-    def _isolate(self, samples, chosen, rows, reasons) -> None:
+    def _isolate(self, samples, start, chosen, rows, reasons) -> None:
         """Profile a batch; where it raises, each half of it, down to the samples that are the cause."""
         try:
-            saliency, logits = self._batch([samples[i] for i in chosen])
+            saliency, logits = self._batch({(start + i) % self.manifest.batch_size: samples[i] for i in chosen})
         except torch.OutOfMemoryError:
             raise  # the batch is too large for the device; no sample is to blame
         except Exception as fault:
@@ -62,7 +68,7 @@ class Profiler:
                 reasons[chosen[0]] = f"the network fails on it: {printable(str(fault).splitlines()[0] if str(fault) else type(fault).__name__)[:200]}"
                 return
             for half in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]):
-                self._isolate(samples, half, rows, reasons)
+                self._isolate(samples, start, half, rows, reasons)
             return
         for row, i in enumerate(chosen):
             if not np.isfinite(logits[row]).all():
@@ -72,16 +78,16 @@ class Profiler:
             else:
                 rows[i] = saliency[row], logits[row]
 
-    def _batch(self, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
-        """(s̄ float32 [B, F], logits float32 [B, C]) of at most a batch of samples of one shape."""
-        padding = self.manifest.batch_size - len(samples)
-        padded = samples + samples[-1:] * padding
+    def _batch(self, places: dict[int, Sample]) -> tuple[np.ndarray, np.ndarray]:
+        """(s̄ float32 [B, F], logits float32 [B, C]) of samples of one shape, each computed in its place (a row of the batch)."""
+        filler = next(iter(places.values()))
+        padded = [places.get(row, filler) for row in range(self.manifest.batch_size)]
         pixels = torch.from_numpy(np.stack([s.pixels for s in padded])).to(self.device)
         labels = torch.tensor([s.label for s in padded], device=self.device)
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.manifest.precision == "bf16" else contextlib.nullcontext()
         with bf16:
             result = self.engine(self.manifest.preprocessing.normalise(pixels), labels)
-        return tuple(t[: len(samples)].float().cpu().numpy() for t in result)
+        return tuple(t[list(places)].float().cpu().numpy() for t in result)
 
     def _table(self, samples: list[Sample], rows: list[tuple[np.ndarray, np.ndarray]], shard: str) -> pa.Table:
         schema = profiles_schema(self.manifest.layers.total)

@@ -18,6 +18,7 @@ from pipeline.errors import BadRequest, printable
 from pipeline.sources import RawSample
 
 THUMBNAIL = 128  # longest side, pixels
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # not all of PIL's: for some (EPS) it starts another program
 INTERPOLATIONS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
@@ -129,7 +130,7 @@ def decode(raw: RawSample, preprocessing: Preprocessing, classes: int) -> Sample
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
-            with Image.open(io.BytesIO(raw.image)) as image:
+            with Image.open(io.BytesIO(raw.image), formats=FORMATS) as image:
                 image = image.convert("RGB")
         pixels = preprocessing.pixels(image)
         return Sample(raw.sample_id, raw.label, pixels, _thumbnail(image))

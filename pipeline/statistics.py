@@ -79,7 +79,8 @@ class Reference:
     def read(cls, path: Path, layout: FilterLayout) -> Reference:
         """Raises BadRequest if the file is absent, damaged, or of another network."""
         try:
-            table = pq.read_table(path)
+            with pq.ParquetFile(path) as parquet:
+                table = parquet.read()
             layers = list(zip(table["layer"].to_pylist(), table["filter"].to_pylist()))
             about = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
             reference = cls(table["mean"].to_numpy(), table["std"].to_numpy(), table["count"][0].as_py(), about["aggregation"], about["origin"])

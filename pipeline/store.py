@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline.errors import BadRequest, printable
@@ -40,6 +39,12 @@ def profiles_schema(filters: int) -> pa.Schema:
             ("shard", pa.string()),
         ]
     )
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file. (`pq.read_table` would load pyarrow's dataset machinery, and pandas with it.)"""
+    with pq.ParquetFile(path) as parquet:
+        return parquet.read(columns)
 
 
 def saliency_of(table: pa.Table | pa.RecordBatch) -> np.ndarray:
@@ -162,14 +167,16 @@ class Store:
                     yield file, position, batch
                     position += batch.num_rows
 
-    def profiles(self, dataset: str) -> ds.Dataset:
+    def profiles(self, dataset: str):
         """The profiles as a pyarrow dataset."""
+        import pyarrow.dataset as ds  # brings pandas along, a second that a query need not pay
+
         self.census(dataset)
         return ds.dataset([str(f) for f in self.files(dataset)], schema=profiles_schema(self.manifest().layers.total), format="parquet")
 
     def rejects(self, dataset: str) -> pa.Table:
         """sample_id, shard, reason of every sample set aside by a committed unit."""
-        tables = [pq.read_table(self.run / "rejects" / dataset / f.name, schema=REJECTS) for f in self.files(dataset)]
+        tables = [read_table(self.run / "rejects" / dataset / f.name) for f in self.files(dataset)]
         return pa.concat_tables(tables) if tables else REJECTS.empty_table()
 
 

@@ -85,7 +85,7 @@ class UnitWriter:
         rejects = 0
         if not fault:
             try:
-                profiles, aside = self.profiler.profile(_unpack(decoded), unit.shard)
+                profiles, aside = self.profiler.profile(_unpack(decoded), unit.shard, unit.start)
                 self.store.commit(unit, profiles, aside)
                 rejects = aside.num_rows
             except OSError as error:

@@ -1,6 +1,7 @@
 """Fixtures that every test may ask for."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,20 @@ def data() -> Path:
     if not folder:
         pytest.skip("FAULTLINE_DATA is not set: no real photographs and trained networks here")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A finished and indexed run of a tiny network, for reading alone."""
+    import tiny
+
+    return tiny.make(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def copied(small, tmp_path):
+    """The same run, to be changed."""
+    import tiny
+
+    shutil.copytree(small.run, tmp_path / "run")
+    return tiny.Small(tmp_path / "run", small.sources)

@@ -6,6 +6,7 @@ N samples, F filters, K neighbours, C classes, as everywhere.
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import torch
@@ -43,14 +44,13 @@ def relative_errors(got: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def mean_and_std(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of [N, F], in two passes over the rows: mean, then std with n - 1 (0 for fewer than two rows)."""
-    count, filters = rows.shape
-    mean, squares = np.zeros(filters), np.zeros(filters)
-    for row in rows:
-        mean += row.astype(np.float64) / count
-    for row in rows:
-        squares += (row.astype(np.float64) - mean) ** 2
-    return mean, np.sqrt(squares / (count - 1)) if count > 1 else np.zeros(filters)
+    """Of [N, F], in two passes over each filter, its sums exact: mean, then std with n - 1 (0 for fewer than two rows)."""
+    means, stds = [], []
+    for column in rows.T.astype(np.float64).tolist():
+        means.append(math.fsum(column) / len(column))
+        squares = math.fsum((value - means[-1]) ** 2 for value in column)
+        stds.append(math.sqrt(squares / (len(column) - 1)) if len(column) > 1 else 0.0)
+    return np.array(means), np.array(stds)
 
 
 def standardise(rows: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:

@@ -260,6 +260,6 @@ def test_weights_that_cannot_be_fetched_are_named(monkeypatch, tmp_path):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
-    torch.hub.set_dir(str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     with pytest.raises(BadRequest, match=r"^--weights: squeezenet1_1's IMAGENET1K_V1 is not in torch's cache .*put squeezenet1_1-b8a52dc0.pth into .*checkpoints"):
         models.load("squeezenet1_1", "SqueezeNet1_1_Weights.IMAGENET1K_V1", None)

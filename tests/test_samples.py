@@ -84,6 +84,10 @@ KINDS = {
     "rotated by EXIF": exif_rotated,
     "progressive": lambda: shards.encoded(shards.picture(1, (40, 30)), "JPEG", progressive=True),
     "WebP": lambda: shards.encoded(shards.picture(1, (40, 30)), "WEBP"),
+    "BMP": lambda: shards.encoded(shards.picture(1, (40, 30)), "BMP"),
+    "TIFF": lambda: shards.encoded(shards.picture(1, (40, 30)), "TIFF"),
+    "PPM": lambda: shards.encoded(shards.picture(1, (40, 30)), "PPM"),
+    "several in one JPEG": lambda: shards.encoded(shards.picture(1, (40, 30)), "MPO", save_all=True, append_images=[shards.picture(2, (40, 30))]),
     "GIF of two frames": lambda: shards.encoded(shards.picture(1, (40, 30)), "GIF", save_all=True, append_images=[shards.picture(2, (40, 30))]),
 }
 
@@ -129,6 +133,7 @@ def bomb(width: int, height: int) -> bytes:
 BROKEN = {
     "zero bytes": (b"", "the image is empty (0 bytes)"),
     "text": (b"<html>404 Not Found</html>", "not an image in a format that is known here"),
+    "PostScript, a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image in a format that is known here"),
     "truncated JPEG": (shards.photo(0, (200, 200))[:-300], "cannot be decoded: image file is truncated"),
     "truncated PNG": (shards.encoded(shards.picture(0, (64, 64)), "PNG")[:200], "cannot be decoded"),
     "JPEG header alone": (shards.photo()[:20], "not an image|cannot be decoded"),

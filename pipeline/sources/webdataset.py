@@ -49,7 +49,7 @@ class WebDataset:
                     tar.members.clear()  # tarfile keeps every header it has seen
                 _check_end(tar)
         except (tarfile.TarError, OSError, EOFError) as fault:
-            raise BadRequest(f"{printable(self.path(name))} cannot be read to its end ({printable(fault)}): fetch it again, or leave it out of --source") from None
+            raise BadRequest(f"{printable(self.path(name))} cannot be read to its end ({printable(fault)}): fetch it again or repack it, or leave it out of --source") from None
         return Shard(name, samples, headers.hexdigest()[:16], tuple(marks))
 
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:

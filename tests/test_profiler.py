@@ -1,0 +1,208 @@
+"""A unit's rows: right, in order, bit-equal however the shard was cut; and a sample that fails takes no other with it."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import oracles
+import pyarrow as pa
+import pytest
+import shards
+import torch
+import torch.nn.functional as F
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_store import MANIFEST
+
+from pipeline import models
+from pipeline.errors import BadRequest
+from pipeline.filters import FilterLayout
+from pipeline.profiler import Profiler
+from pipeline.samples import Preprocessing, Sample, decode
+from pipeline.sources import RawSample, open_source
+from pipeline.store import Census, Store, profiles_schema, saliency_of
+from pipeline.units import Unit
+from pipeline.worker import DECODED, Decoder, UnitWriter
+
+RECIPE = Preprocessing(resize=None, crop=None)
+
+
+def profiler_of(animal: str, engine: str = "fused", batch_size: int = 4) -> Profiler:
+    network = next(a for a in zoo.ZOO if a.id == animal).make()
+    return Profiler(replace(MANIFEST, layers=FilterLayout.of(network), preprocessing=RECIPE, classes=zoo.CLASSES, batch_size=batch_size, engine=engine), network, "cpu")
+
+
+def samples_of(count: int, size: tuple[int, int] = (8, 11)) -> list[Sample]:
+    return [decode(RawSample(f"{i:02d}", shards.photo(i, size), i % zoo.CLASSES), RECIPE, zoo.CLASSES) for i in range(count)]
+
+
+def table_rows(table: pa.Table) -> dict:
+    return {row["sample_id"]: row for row in table.to_pylist()}
+
+
+def test_rows_are_those_of_the_oracle():
+    """Every column of a row, in the order of the samples, the last batch padded."""
+    profiler, samples = profiler_of("batchnorm"), samples_of(7)
+    table, rejects = profiler.profile(samples, "a.tar", 0)
+    images, labels = RECIPE.normalise(torch.from_numpy(np.stack([s.pixels for s in samples]))), torch.tensor([s.label for s in samples])
+    network = profiler.engine.network
+    logits = torch.from_numpy(oracles.logits(network, images))
+    assert table["sample_id"].to_pylist() == [s.sample_id for s in samples] and rejects.num_rows == 0 and table.schema == profiles_schema(FilterLayout.of(network).total)
+    assert np.median(oracles.relative_errors(saliency_of(table), oracles.saliency(network, images, labels, "abs"))) < 1e-5
+    assert table["label"].to_pylist() == labels.tolist() and table["prediction"].to_pylist() == logits.argmax(1).tolist()
+    np.testing.assert_allclose(table["loss"], F.cross_entropy(logits, labels, reduction="none"), rtol=1e-4)
+    np.testing.assert_allclose(np.exp(-table["loss"].to_numpy()), table["label_confidence"], rtol=1e-5)
+    np.testing.assert_allclose(table["prediction_confidence"], logits.softmax(1).max(1).values, rtol=1e-4)
+    assert table["thumbnail"].to_pylist() == [s.thumbnail for s in samples] and set(table["shard"].to_pylist()) == {"a.tar"}
+
+
+PROFILERS: dict[str, Profiler] = {}
+
+
+@pytest.mark.parametrize("animal, engine", [("batchnorm", "fused"), ("depth-multiplied", "fused"), ("depth-multiplied", "vmap"), ("many-weights-dilated", "fused"), ("batch-statistics", "vmap")])
+@settings(max_examples=10)
+@given(cuts=st.sets(st.integers(1, 10), max_size=5), lost=st.sets(st.integers(0, 10), max_size=4))
+def test_bits_do_not_depend_on_the_cut(animal, engine, cuts, lost):
+    """However a shard is cut into units, and whichever samples beside it are set aside, a row is the same bit for bit: the second
+    network on the list is one in which a row's place in its batch would show."""
+    profiler, samples = PROFILERS.setdefault(f"{animal} {engine}", profiler_of(animal, engine)), samples_of(11)
+    whole = table_rows(profiler.profile(samples, "a.tar", 0)[0])
+    kept = [replace(s, pixels=None, reason="lost") if i in lost else s for i, s in enumerate(samples)]
+    parts = {}
+    for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), 11]):
+        parts |= table_rows(profiler.profile(kept[start:stop], "a.tar", start)[0])
+    assert parts == {name: row for name, row in whole.items() if int(name) not in lost}
+
+
+class Picky(torch.nn.Module):
+    """Fails on a batch with an image whose first pixel is white, and answers NaN where it is black."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.linear = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, zoo.CLASSES)
+
+    def forward(self, x):
+        first = x[:, 0, 0, 0]
+        if (first > 2).any():
+            raise ValueError("too\x1b[2J bright\nfor me")
+        return self.linear(torch.relu(self.conv(x)).mean((2, 3))) + torch.where(first < -2, torch.nan, 0.0)[:, None]
+
+
+def picky(batch_size: int = 4) -> Profiler:
+    network = Picky().eval()
+    return Profiler(replace(MANIFEST, layers=FilterLayout.of(network), preprocessing=RECIPE, classes=zoo.CLASSES, batch_size=batch_size), network, "cpu")
+
+
+def with_corners(samples: list[Sample], corners: list[int]) -> list[Sample]:
+    """The samples with a first pixel of these values; 100 is one that `Picky` takes."""
+    changed = [replace(sample, pixels=sample.pixels.copy()) for sample in samples]
+    for sample, corner in zip(changed, corners, strict=True):
+        sample.pixels[0, 0] = corner
+    return changed
+
+
+def test_sample_that_fails_is_set_aside_alone():
+    """The rows of the others are those of a run in which it did not fail; its reason is safe to print."""
+    samples = with_corners(samples_of(11), [100, 255, 100, 0, 100, 255, 255, 100, 100, 0, 100])
+    samples[7] = Sample("07", reason="no label")
+    table, rejects = picky().profile(samples, "a.tar", 0)
+    assert list(zip(rejects["sample_id"].to_pylist(), rejects["reason"].to_pylist())) == [
+        ("01", "the network fails on it: too\\x1b[2J bright"),
+        ("03", "the network's output for it is not finite"),
+        ("05", "the network fails on it: too\\x1b[2J bright"),
+        ("06", "the network fails on it: too\\x1b[2J bright"),
+        ("07", "no label"),
+        ("09", "the network's output for it is not finite"),
+    ]
+    assert table["sample_id"].to_pylist() == ["00", "02", "04", "08", "10"]
+    good = table_rows(picky().profile(with_corners(samples_of(11), [100] * 11), "a.tar", 0)[0])
+    assert table_rows(table) == {name: good[name] for name in table["sample_id"].to_pylist()}
+
+
+def test_memory_that_runs_out_is_nobodys_fault(monkeypatch):
+    """No sample goes to the rejects for a batch that was too large for the device."""
+    profiler = picky()
+    monkeypatch.setattr(profiler, "engine", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        profiler.profile(samples_of(3), "a.tar", 0)
+
+
+def test_images_of_several_sizes_share_a_unit():
+    """Each size in batches of its own; rows stay in order."""
+    samples = [sample for pair in zip(samples_of(5), samples_of(5, (9, 12))) for sample in pair]
+    samples = with_corners([replace(s, sample_id=str(i)) for i, s in enumerate(samples)], [100] * 10)
+    table, rejects = picky().profile(samples, "a.tar", 3)
+    assert table["sample_id"].to_pylist() == [str(i) for i in range(10)] and rejects.num_rows == 0
+
+
+def test_unit_without_a_good_sample_has_tables_all_the_same():
+    table, rejects = picky().profile([Sample("a", reason="empty")], "a.tar", 0)
+    assert table.num_rows == 0 and table.schema == profiles_schema(4) and rejects.to_pylist() == [{"sample_id": "a", "shard": "a.tar", "reason": "empty"}]
+
+
+# ---- from shard to file --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run directory as an extraction leaves it, and a shard whose name is no UTF-8, with a broken image and a label too large."""
+    (tmp_path / "my_net.py").write_text("import torch\ndef make():\n    torch.manual_seed(0)\n    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    network = models.build("my_net:make")
+    shards.write_tar(
+        tmp_path / "data" / "sh\udcffard.tar",
+        [("a.jpg", shards.photo(1)), ("a.cls", b"3"), ("b.jpg", b"broken"), ("b.cls", b"0"), ("c.jpg", shards.photo(2)), ("c.cls", b"4"), ("d.jpg", shards.photo(3)), ("d.cls", b"0")],
+    )
+    run = tmp_path / "run"
+    replace(MANIFEST, model="my_net:make", layers=FilterLayout.of(network), preprocessing=RECIPE, classes=4, batch_size=2, import_root=str(tmp_path)).write(run)
+    models.save_weights(network, run / "weights.safetensors")
+    source, names = open_source(str(tmp_path / "data"))
+    Store(run).write_census("val", Census("", source.kind, source.root, tuple(source.census(name) for name in names), None))
+    yield run
+    sys.modules.pop("my_net", None)
+
+
+def test_unit_goes_from_shard_to_file(run):
+    """Decoded in one place, written in another; the receipt counts; the unit is done and needs not be done again."""
+    store = Store(run)
+    census = store.census("val")
+    unit, = store.todo("val", 16)
+    decoded = Decoder(census.kind, census.root, RECIPE, 4)(Unit.from_json(unit.to_json()))
+    assert decoded.schema == DECODED and decoded.num_rows == 4
+    receipt = UnitWriter(run, "cpu")(decoded)
+    assert (receipt.stem, receipt.samples, receipt.rejects, receipt.fault) == (unit.stem, 4, 2, "") and store.todo("val", 16) == []
+    assert store.profiles("val").to_table()["sample_id"].to_pylist() == ["a", "d"]
+    assert store.rejects("val").to_pylist() == [
+        {"sample_id": "b", "shard": "sh\\xffard.tar", "reason": "not an image in a format that is known here"},
+        {"sample_id": "c", "shard": "sh\\xffard.tar", "reason": "label 4 is outside the network's classes 0..3"},
+    ]
+
+
+def test_unit_that_cannot_be_read_or_written_says_why(run, monkeypatch):
+    """As the receipt's fault, with nothing committed: an actor that raises would be restarted for ever."""
+    store, writer = Store(run), UnitWriter(run, "cpu")
+    census = store.census("val")
+    unit, = store.todo("val", 16)
+    decoder = Decoder(census.kind, census.root, RECIPE, 4)
+    decoded = decoder(unit)
+    shard = next((run.parent / "data").iterdir())
+    content = shard.read_bytes()
+    for damage, reason in ((content[:600], "sh.udcffard.tar"), (b"", "sh.udcffard.tar"), (None, "No such file")):
+        shard.unlink()
+        if damage is not None:
+            shard.write_bytes(damage)
+        receipt = writer(decoder(unit))
+        assert receipt.fault and "\n" not in receipt.fault and receipt.samples == 4 and receipt.rejects == 0
+        assert reason.replace(".udcff", "\\udcff") in receipt.fault
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "cannot be written: [Errno 28] No space left on device" in writer(decoded).fault
+    monkeypatch.setattr(writer.profiler, "engine", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried to")))
+    assert writer(decoded).fault.endswith("OutOfMemoryError: CUDA out of memory.")
+    assert store.committed("val") == [] and not list(run.glob("profiles/val/*"))
+
+
+def test_run_that_is_no_run_cannot_be_restored(tmp_path):
+    with pytest.raises(BadRequest, match="there is no run at"):
+        Profiler.restore(tmp_path, "cpu")

@@ -1,0 +1,172 @@
+"""A network of three small convolutions, images for it, and the command called on them: runs that take a fraction of a second."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import shards
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.samples import Preprocessing
+
+CLASSES = 5
+MODEL = "tiny:net"
+LAYERS = [("conv1", 6), ("conv2", 8), ("conv3", 10)]
+FILTERS = 24
+
+
+class Net(nn.Module):
+    """Input [B, 3, H, W], output [B, 5]; weights from a seed, so that it errs on four images of five."""
+
+    preprocessing = Preprocessing(resize=None, crop=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    class_names = ("ant", "bee", "cat", "dog", "eel")
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, 2), nn.Conv2d(8, 10, 3, padding=1)
+            self.linear = nn.Linear(10, CLASSES)
+            nn.init.normal_(self.linear.weight, 0, 8)
+
+    def forward(self, x):
+        x = F.relu(self.conv3(F.relu(self.conv2(F.relu(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+def net() -> nn.Module:
+    return Net()
+
+
+def other_weights() -> nn.Module:
+    return Net(seed=1)
+
+
+class Broken(Net):
+    """Gives what `answer` makes of the logits."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(super().forward(x))
+
+
+def nan() -> nn.Module:
+    return Broken(lambda logits: logits * float("nan"))
+
+
+def pair() -> nn.Module:
+    return Broken(lambda logits: (logits, logits))
+
+
+def one_number() -> nn.Module:
+    return Broken(lambda logits: logits[:, 0])
+
+
+def hostile_names() -> nn.Module:
+    """Class names as a stranger might write them: an ANSI escape, markup, a newline, a right-to-left override."""
+    network = Net()
+    network.class_names = ("\x1b[31mant\x1b[0m", "[red]bee[/red]", "cat\nfaultline: all is well", "dog\u202egod", "eel")
+    return network
+
+
+@dataclass(frozen=True)
+class Small:
+    """A finished and indexed run over `val` (three shards of 20) and `v2` (one of 30). Not to be changed: copy it."""
+
+    run: Path
+    sources: Path
+
+    def extract(self, dataset: str = "val", *more: object, run: Path | None = None, model: str = MODEL) -> Ended:
+        source = self.sources / dataset
+        return call("extract", "--run", run or self.run, "--dataset", dataset, "--source", source, "--model", model, *more)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left: exit code, stdout as bytes, stderr."""
+
+    code: int
+    raw: bytes
+    err: str
+
+    @property
+    def out(self) -> str:
+        return self.raw.decode()
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+    def refused(self) -> str:
+        """The message of a wrong request: exit code 2, one to three lines, nothing on stdout."""
+        lines = [line for line in self.err.splitlines() if not line.startswith(("loading", "counting", "engine:"))]
+        assert self.code == 2 and not self.raw and 1 <= len(lines) <= 3 and lines[0].startswith("faultline: "), (self.code, self.err)
+        assert "Traceback" not in self.err and "a defect" not in self.err
+        return "\n".join(lines)
+
+
+def make_sources(folder: Path) -> Path:
+    for i in range(3):
+        shards.write_shard(folder / f"val/val-{i:05d}.tar", [(7 * n + i) % CLASSES for n in range(20)], first=20 * i)
+    shards.write_shard(folder / "v2/v2-00000.tar", [(3 * n) % CLASSES for n in range(30)], first=1000)
+    return folder
+
+
+def make(folder: Path) -> Small:
+    small = Small(folder / "run", make_sources(folder / "sources"))
+    for dataset in ("val", "v2"):
+        ended = small.extract(dataset)
+        assert ended.code == 0, ended.err
+    ended = call("index", "--run", small.run, "--datasets", "val,v2", "--reference", "val")
+    assert ended.code == 0, ended.err
+    return small
+
+
+def call(*words: object) -> Ended:
+    """The command in this process."""
+    from jobs.cli import main
+
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with mock.patch.object(sys, "argv", ["faultline", *map(str, words)]), redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        out.flush()
+        return Ended(end.code or 0, out.buffer.getvalue(), err.getvalue())
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+COMMAND = Path(sys.executable).with_name("faultline")
+
+
+def process(*words: object, **environment: str) -> Ended:
+    """The command as a process of its own, where `tiny:net` can be found."""
+    done = subprocess.run([COMMAND, *map(str, words)], capture_output=True, env=surroundings(**environment), timeout=120)
+    return Ended(done.returncode, done.stdout, done.stderr.decode())
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints on stdout."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=surroundings(), timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def surroundings(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "100"} | more
