@@ -13,4 +13,4 @@ lock:  ## newest versions that fit pyproject.toml, for every platform
 	.venv/bin/uv pip compile -q --universal --python-version 3.11 --extra test --no-annotate --no-header --no-emit-index-url --upgrade pyproject.toml -o requirements.lock
 
 docs:  ## the command reference, from the commands' own --help
-	.venv/bin/python -m jobs.reference > docs/commands.md
+	.venv/bin/python tests/test_docs.py

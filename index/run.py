@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,15 @@ class Run:
         near = [f"{d}:{i}" for d, sample_id in named for i in self._close(d, sample_id)]
         raise BadRequest(f"there is no sample '{printable(sample)}' in this run; close to it: {', '.join(map(printable, near)) or 'none, it has no samples'}")
 
+    def indexed(self, dataset: str, sample_id: str, name: str | None = None) -> Place:
+        """Where the profile of a sample of an index lies, from the index alone. Raises KeyError for one that is not indexed."""
+        index = self.index(name)
+        row = index.row_of(dataset, sample_id)
+        if row < 0:
+            raise KeyError(f"{dataset}:{sample_id}")
+        facts = index.rows.slice(row, 1).select(["profile", "position"]).to_pylist()[0]
+        return Place(dataset, sample_id, self.store.run / "profiles" / dataset / facts["profile"], facts["position"])
+
     def _scan(self, dataset: str, sample_id: str) -> Place | None:
         for file in self.store.files(dataset):
             position = pc.index(read_table(file, columns=["sample_id"])["sample_id"], sample_id).as_py()
@@ -151,7 +161,8 @@ class Run:
             ordered = sorted(map(turn, ids))
             at = bisect_left(ordered, turn(sample_id))
             near.update(map(turn, ordered[max(0, at - window) : at + window]))
-        return get_close_matches(sample_id, sorted(near), 2, 0.0)
+        likeness = {i: (SequenceMatcher(None, i, sample_id).ratio(), len(commonprefix([i, sample_id]))) for i in near}
+        return sorted(sorted(near), key=likeness.get, reverse=True)[:2]
 
 
 def pair_of(labels: np.ndarray, predictions: np.ndarray, label: int, prediction: int) -> np.ndarray:

@@ -151,6 +151,10 @@ def query(
     from jobs import output
 
     output.check(format)
+    if gallery:
+        from jobs.figures import check_gallery
+
+        check_gallery(gallery)
     opened = Run.open(run)
     found = opened.neighbors(sample, k, within, layers, name)
     if found.num_rows < k:
@@ -158,7 +162,7 @@ def query(
     if gallery:
         from jobs.query import draw
 
-        draw(opened, sample, found, gallery)
+        draw(opened, sample, found, gallery, name)
         say(f"gallery: {printable(gallery)}")
     output.neighbours(found, format)
 
@@ -217,7 +221,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # engines share their cores with decoders: threads that spin while they wait cost all of them
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        code = app(standalone_mode=False) or 0
+        code = _run()
         sys.stdout.flush()
     except Fault as fault:
         code = _end(str(fault), fault.exit_code)
@@ -234,6 +238,17 @@ def main() -> None:
             raise
         code = _unforeseen(defect)
     sys.exit(code)
+
+
+def _run() -> int:
+    """The verb that was asked for. Not `app()`, which has endings of its own for Ctrl-C and for a reader that has gone."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("faultline", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
 
 
 def _unforeseen(defect: Exception) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,7 +90,7 @@ def _start(address: str | None):
     if not ray.is_initialized():
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}}
         try:
-            with _muted():
+            with _muted(), _own_sigterm():
                 if joins(address):
                     ray.init(address=address or os.environ["RAY_ADDRESS"], **quiet)
                 else:
@@ -97,6 +99,17 @@ def _start(address: str | None):
             reason = str(fault).strip().splitlines()
             raise BadRequest(f"--address: no Ray cluster can be joined at {printable(address or os.environ.get('RAY_ADDRESS', 'local'))} ({printable(reason[0])[:160] if reason else type(fault).__name__}); start one with ray start --head, or use --address local") from None
     return ray
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """SIGTERM means afterwards what it meant before: Ray puts a handler of its own there, which dumps a stack and aborts."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -125,7 +138,7 @@ def _stream(ray, run: Path, decoder: Decoder, manifest: Manifest, device: str, a
     least, most = actors or (max(1, gpus if device == "cuda" else cpus // max(ENGINE_THREADS, manifest.threads)),) * 2
     most = min(most, len(units))
     pool = ActorPoolStrategy(size=most) if least >= most else ActorPoolStrategy(min_size=least, max_size=most)
-    where = {"num_gpus": 1} if device == "cuda" else {"num_cpus": share}
+    where = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": share}  # a GPU engine that took a CPU too could leave decoding none
 
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a unit stays one block, however large

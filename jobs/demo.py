@@ -16,6 +16,8 @@ from pipeline.store import Store
 
 def demo(folder: Path) -> None:
     """Make the digits, extract `val` and `v2`, build the index, ask for one error's neighbours; resumes like any run."""
+    if (folder / "run.json").exists():
+        Store(folder).manifest().must_match({"model": digits.MODEL}, folder)
     say("handwritten digits: training a small network on 150 of them (a few seconds)")
     made = digits.write(folder / "digits")
     say(f"it errs on {sum(made.errors.values())} of the other {sum(made.samples.values()):,}; why?")
@@ -25,11 +27,11 @@ def demo(folder: Path) -> None:
     _show("index", "--run", folder, "--datasets", "val,v2", "--reference", "val")
     build(Store(folder), ["val", "v2"], "val", "errors", "errors")
     run = Run.open(folder)
-    out = folder / "neighbours-val-in-v2.parquet"
-    _show("neighbors", "--run", folder, "--from", "val", "--in", "v2", "-k", 10, "--out", out, "--evaluate")
-    neighbors.neighbors(run, "val", "v2", 10, out, None, None, False)
-    agreement = neighbors.evaluate(run, out, "v2", None)
-    say(f"of the 10 nearest errors in v2, {agreement.either:.0%} confuse the same two digits as the error in val that asked; by chance it would be {agreement.chance:.0%}")
+    out = folder / "neighbours.parquet"
+    _show("neighbors", "--run", folder, "--from", "val", "-k", 10, "--out", out, "--evaluate")
+    neighbors.neighbors(run, "val", None, 10, out, None, None, False)
+    agreement = neighbors.evaluate(run, out, None, None)
+    say(f"of the 10 nearest errors, {agreement.either:.0%} confuse the same two digits as the error that asked; by chance it would be {agreement.chance:.0%}")
     sample = example(run, out)
     gallery = folder / "gallery.png"
     _show("query", "--run", folder, sample, "--gallery", gallery)

@@ -72,7 +72,7 @@ class Settings:
         if self.run.exists() and not self.run.is_dir():
             faults.append(f"--run: {printable(self.run)} is a file; name a folder")
         if faults:
-            raise BadRequest("\n".join(faults))
+            raise BadRequest(("\n" if len(faults) <= 3 else "; ").join(faults))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ def take_census(store: Store, settings: Settings, source: Source, names: list[st
             raise BadRequest(f"--source: {printable(', '.join(which[:3]))} {'is' if what[0] == 'p' else 'has'} {what}; put it back, or extract into another --dataset")
     if not samples:
         raise BadRequest(f"--source: {printable(settings.source)} holds no sample")
-    return Census(settings.source, source.kind, source.root, tuple(shards), settings.max_samples)
+    counted = {shard.name for shard in shards}
+    forgotten = tuple(shard for shard in known.values() if shard.name not in counted)  # not asked for now, and still part of the data set
+    return Census(settings.source, source.kind, source.root, (*shards, *forgotten), settings.max_samples, len(shards))
 
 
 def _count(source: Source, name: str) -> Shard | BadRequest:
@@ -205,7 +207,7 @@ def trial_images(source: Source, census: Census, preprocessing: Preprocessing):
     import torch
 
     pixels: list[np.ndarray] = []
-    for shard in census.shards:
+    for shard in census.asked:
         for raw in islice(source.read(shard.marks_for(0, shard.samples), shard.name, 0, shard.samples), 64):
             sample = decode(replace(raw, label=0, fault=None if raw.image else raw.fault), preprocessing, 1)
             if sample.pixels is not None and all(p.shape == sample.pixels.shape for p in pixels):

@@ -11,11 +11,11 @@ from jobs import figures
 from pipeline.errors import printable
 
 
-def draw(run: Run, sample: str, found: pa.Table, path: Path) -> None:
-    """Draw `sample` and its neighbours (a `NEIGHBOURS` table) into `path`. Raises BadRequest for a file that cannot be drawn."""
+def draw(run: Run, sample: str, found: pa.Table, path: Path, name: str | None = None) -> None:
+    """Draw `sample` and its neighbours (a `NEIGHBOURS` table, of the index `name`) into `path`. Raises BadRequest for a file that cannot be drawn."""
     place = run.find(sample)
     own = run.record(place, ["sample_id", "label", "prediction", "prediction_confidence", "thumbnail"])
     names = {f"{key}_name": run.manifest.name_of(own[key]) for key in ("label", "prediction")}
     query = own | names | {"dataset": place.dataset, "confidence": own["prediction_confidence"]}
-    hits = [row | run.record(run.find(f"{row['dataset']}:{row['sample_id']}"), ["thumbnail"]) for row in found.to_pylist()]
+    hits = [row | run.record(run.indexed(row["dataset"], row["sample_id"], name), ["thumbnail"]) for row in found.to_pylist()]
     figures.gallery(path, query, hits, f"Images that fail like {printable(place.dataset)}:{printable(place.sample_id)}")

@@ -152,6 +152,9 @@ def save_weights(network: torch.nn.Module, path: Path) -> None:
 
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}, partial)
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)  # safetensors makes it private; workers may run as another user
     os.replace(partial, path)
 
 

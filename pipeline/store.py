@@ -57,18 +57,24 @@ def saliency_of(table: pa.Table | pa.RecordBatch) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Census:
-    """What a data set of a run is made of: the source, its shards, and how much of it was last asked for (None: all)."""
+    """What a data set of a run is made of: the source, every shard that was ever asked for, and how much the last request
+    asks for: the first `asked_shards` of them, the first `limit` samples of those (None: all)."""
 
     spec: str
     kind: str
     root: str
     shards: tuple[Shard, ...]
     limit: int | None
+    asked_shards: int | None = None
+
+    @property
+    def asked(self) -> tuple[Shard, ...]:
+        return self.shards[: self.asked_shards]
 
     @property
     def samples(self) -> int:
         """Samples asked for."""
-        total = sum(shard.samples for shard in self.shards)
+        total = sum(shard.samples for shard in self.asked)
         return total if self.limit is None else min(self.limit, total)
 
     def to_json(self) -> dict:
@@ -122,7 +128,7 @@ class Store:
     def todo(self, dataset: str, unit_samples: int) -> list[Unit]:
         """The units that are not committed, in order."""
         census = self.census(dataset)
-        return plan(dataset, census.shards, self.committed(dataset), unit_samples, census.limit)
+        return plan(dataset, census.asked, self.committed(dataset), unit_samples, census.limit)
 
     def progress(self, dataset: str) -> Progress:
         """Counted from the files that exist."""

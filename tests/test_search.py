@@ -52,7 +52,7 @@ scales = st.sampled_from([1.0, 1.0, 1e-25, 1e25])
 
 
 @settings(max_examples=30)
-@given(val=rows, v2=rows, scale=scales, k=st.integers(1, 30), within=st.sampled_from([None, "val", "v2"]), layers=st.sampled_from([None, "a", "b..c", "..b", "c.."]), data=st.data())
+@given(rows, rows, scales, st.integers(1, 30), st.sampled_from([None, "val", "v2"]), st.sampled_from([None, "a", "b..c", "..b", "c.."]), st.data())
 def test_neighbours_are_those_of_brute_force(val, v2, scale, k, within, layers, data):
     """Exactly k or all that exist; best first; the similarities of brute force; never the query itself, though its duplicates are welcome."""
     sets = {"val": val * np.float32(scale), "v2": v2}

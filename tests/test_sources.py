@@ -173,7 +173,7 @@ def test_truncated_tar_is_refused(tmp_path, cut):
     }[cut]
     path.write_bytes(path.read_bytes()[:at])
     source, (name,) = open_source(str(path))
-    with pytest.raises(BadRequest, match=r"cut \\u202e\.tar cannot be read to its end .*fetch it again, or leave it out of --source"):
+    with pytest.raises(BadRequest, match=r"cut \\u202e\.tar cannot be read to its end .*fetch it again or repack it, or leave it out of --source"):
         source.census(name)
 
 

@@ -58,7 +58,7 @@ def choose_engine(network: torch.nn.Module, images: torch.Tensor) -> tuple[str, 
 
 
 def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
-    """C, the number of classes, from one forward. Raises BadRequest if it fails or does not give logits [B, C], C >= 2."""
+    """C, the number of classes, from one forward. Raises BadRequest if it fails or does not give finite logits [B, C], C >= 2."""
     try:
         with torch.no_grad():
             logits = network(images)
@@ -68,6 +68,8 @@ def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] != len(images) or logits.shape[1] < 2:
         got = f"shape {list(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise BadRequest(f"--model: the network gives {got} for {len(images)} images; logits [{len(images)}, classes] with 2 classes or more are needed")
+    if not logits.isfinite().all(1).any():
+        raise BadRequest(f"--model: the network's output is not finite (NaN or infinity) for any of {len(images)} images; check --weights and --preprocess")
     return logits.shape[1]
 
 

@@ -13,7 +13,8 @@ from pipeline.filters import FilterLayout
 from pipeline.saliency import Saliency
 from pipeline.saliency.loss import cross_entropy
 
-CHUNK_NUMBERS = 2**27  # gradient numbers held at once: 512 MiB in float32
+CHUNK_NUMBERS = 2**27  # gradient numbers held at once, at most: 512 MiB in float32
+CHUNK = 8  # samples at once, at most: on a CPU more of them only leave the cache
 
 
 class VmapEngine:
@@ -23,7 +24,7 @@ class VmapEngine:
         self.network, self.aggregation = network, aggregation
         self.names = [name for name, p in network.named_parameters() if p.dim() == 4]
         self.filters = layout.total
-        self.chunk = max(1, CHUNK_NUMBERS // sum(p.numel() for p in network.parameters() if p.dim() == 4))
+        self.chunk = max(1, min(CHUNK, CHUNK_NUMBERS // sum(p.numel() for p in network.parameters() if p.dim() == 4)))
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         frozen = {name: p.detach() for name, p in self.network.named_parameters()}

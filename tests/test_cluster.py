@@ -1,0 +1,70 @@
+"""What `jobs/cluster.py` asks of Ray where there are GPUs, on a Ray that pretends to have two."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from jobs import cluster
+from jobs.extract import Settings, extract
+from pipeline.store import Store
+from pipeline.worker import Decoder
+from shards import write_shard
+
+pytestmark = pytest.mark.processes
+UNITS = 6
+
+
+@pytest.fixture()
+def two_gpus(monkeypatch):
+    """Ray, started by the test, with two GPUs that nothing looks at; gone afterwards."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="fl-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_ADDRESS", "local")
+        ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
+
+
+def test_units_go_through_a_pool_of_gpu_actors_one_receipt_each(tmp_path, two_gpus, monkeypatch):
+    """Each engine has a GPU of its own, and each unit gives exactly one receipt and one file."""
+    for i in range(UNITS):
+        write_shard(tmp_path / "shards" / f"{i}.tar", [0, 1, 2], 3 * i, (16, 16))
+    (tmp_path / "gpu_network.py").write_text(
+        "import torch\n"
+        "from pipeline.samples import Preprocessing\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    preprocessing = Preprocessing(resize=16, crop=16)\n"
+        "    def __init__(self):\n"
+        "        torch.manual_seed(0)\n"
+        "        super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    extract(Settings(run, "val", str(tmp_path / "shards"), "gpu_network:Net", device="cpu", max_samples=3))  # one unit, in this process: the run exists
+
+    class OnItsGpu(cluster._Writer):
+        """The engine's actor, which notes the GPU it was given and computes on the CPU all the same."""
+
+        def __init__(self, run: str, device: str):
+            Path(run, f"gpu-{os.getpid()}").write_text(f"{device} {os.environ['CUDA_VISIBLE_DEVICES']}")
+            super().__init__(run, "cpu")
+
+    monkeypatch.setattr(cluster, "_Writer", OnItsGpu)
+    store = Store(run)
+    manifest, census = store.manifest(), store.census("val")
+    store.write_census("val", type(census)(census.spec, census.kind, census.root, census.shards, None))
+    todo = store.todo("val", manifest.unit_samples)
+    assert len(todo) == UNITS - 1
+    decoder = Decoder(census.kind, census.root, manifest.preprocessing, manifest.classes)
+    with cluster.workers(run, decoder, manifest, "cuda", "local", None, 3 * len(todo)) as stream:
+        receipts = list(stream(todo, 3))
+    assert sorted(r.stem for r in receipts) == sorted(unit.stem for unit in todo)
+    assert not any(r.fault for r in receipts)
+    assert store.progress("val").done == 3 * UNITS
+    assert sorted(note.read_text() for note in run.glob("gpu-*")) == ["cuda 0", "cuda 1"]
