@@ -47,7 +47,7 @@ def extract(
     engine: Annotated[str, typer.Option(help="auto, fused or vmap.")] = "auto",
     precision: Annotated[Optional[str], typer.Option(help="fp32, tf32 or bf16. Default: fp32.")] = None,
     aggregation: Annotated[str, typer.Option(help="abs: mean |gradient| of a filter's weights; signed: |mean gradient|, as the authors' earlier code.")] = "abs",
-    batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: 32 on a CPU, 128 on a GPU.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: 128 on a GPU; on a CPU 8, or 32 for small images.")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: GPUs where there are any now; say cuda for a cluster that starts its GPU nodes on demand.")] = None,
     actors: Annotated[Optional[str], typer.Option(help="How many engines, N or MIN-MAX. Default: one a GPU, or one for every 4 CPUs.")] = None,
     max_samples: Annotated[Optional[int], typer.Option(help="Only the first N samples, for a first try; the rest can follow later.")] = None,

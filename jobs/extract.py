@@ -188,7 +188,7 @@ def begin(store: Store, settings: Settings, source: Source, census: Census) -> M
     names = classifier.class_names if classifier.class_names and len(classifier.class_names) == classes else None
     manifest = Manifest(
         model=settings.model, weights_sha256=classifier.weights_sha256, layers=layers, preprocessing=classifier.preprocessing, aggregation=settings.aggregation,
-        precision=precision, engine=engine, batch_size=settings.batch_size or (128 if device == "cuda" else 32), threads=cluster.threads_of_an_engine(),
+        precision=precision, engine=engine, batch_size=settings.batch_size or default_batch(device, images.shape[-2] * images.shape[-1]), threads=cluster.threads_of_an_engine(),
         unit_samples=MOST if device == "cuda" else MOST // 4, classes=classes, class_names=names, import_root=os.getcwd() if ":" in settings.model else None,
         versions={name: _version(name) for name in ("faultline", "torch", "torchvision", "ray", "pyarrow", "numpy", "pillow")}, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )  # fmt: skip
@@ -199,6 +199,13 @@ def begin(store: Store, settings: Settings, source: Source, census: Census) -> M
     except OSError as fault:
         raise BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)}); choose another folder") from None
     return manifest
+
+
+def default_batch(device: str, pixels: int) -> int:
+    """Images of one forward. On a CPU more than these only leave the cache: measured fastest for photographs and for small images."""
+    if device == "cuda":
+        return 128
+    return 8 if pixels > 96 * 96 else 32
 
 
 def trial_images(source: Source, census: Census, preprocessing: Preprocessing):
