@@ -26,6 +26,7 @@ from pipeline.units import Unit
 from pipeline.worker import Decoder, Receipt, UnitWriter
 
 SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless one is asked for
+DECODE_CPUS = 0.5  # that a decode task reserves
 ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
 
 
@@ -56,6 +57,17 @@ def device_for(asked: str | None, address: str | None) -> str:
 def threads_of_an_engine() -> int:
     """Threads of one CPU engine on this machine, for a new run."""
     return max(1, min(ENGINE_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def cpus_of_an_engine(threads: int, engines: int, cpus: int) -> float:
+    """CPUs that each of `engines` reserves of `cpus`: its threads but one, and always so few that a decode task fits beside them all; otherwise nothing would ever begin.
+
+    Never what a decode task reserves: stages that reserve the same are fused by Ray, and decode in the engine's actor.
+    """
+    if not cpus:
+        return 1  # a cluster that starts its nodes on demand has none yet
+    share = min(max(1, threads - 1), max(cpus - DECODE_CPUS, DECODE_CPUS) / max(1, engines))
+    return int(share) if share >= 1 else max(0.01, int(100 * share) / 100 - (0.01 if int(100 * share) == 100 * DECODE_CPUS else 0))
 
 
 def joins(address: str | None) -> bool:
@@ -134,11 +146,11 @@ def _stream(ray, run: Path, decoder: Decoder, manifest: Manifest, device: str, a
 
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    share = max(1, min(manifest.threads, cpus) - 1)  # CPUs that an engine reserves; decoding takes the rest
     least, most = actors or (max(1, gpus if device == "cuda" else cpus // max(ENGINE_THREADS, manifest.threads)),) * 2
     most = min(most, len(units))
     pool = ActorPoolStrategy(size=most) if least >= most else ActorPoolStrategy(min_size=least, max_size=most)
-    where = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": share}  # a GPU engine that took a CPU too could leave decoding none
+    largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+    where = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": cpus_of_an_engine(min(manifest.threads, largest), most, cpus)}
 
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a unit stays one block, however large
@@ -146,7 +158,7 @@ def _stream(ray, run: Path, decoder: Decoder, manifest: Manifest, device: str, a
     context.max_errored_blocks = -1  # a unit that is given up is seen by its missing file
     context.log_internal_stack_trace_to_stdout = False
     line = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))
-    line = line.map_batches(_decode, fn_args=(decoder,), batch_size=1, batch_format="pyarrow", num_cpus=0.5, max_retries=attempts - 1)
+    line = line.map_batches(_decode, fn_args=(decoder,), batch_size=1, batch_format="pyarrow", num_cpus=DECODE_CPUS, max_retries=attempts - 1)
     line = line.map_batches(
         _Writer, fn_constructor_args=(str(run), device), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, compute=pool, max_task_retries=attempts - 1, **where
     )  # fmt: skip

@@ -75,11 +75,11 @@ class Job:
     def stdout(self) -> str:
         return self.out.read_text(encoding="utf-8", errors="replace")
 
-    def left_over(self, seconds: float = 20) -> list[str]:
+    def left_over(self, seconds: float) -> list[str]:
         """Titles of descendants that outlive the driver by more than `seconds`, or of Ray's agents where they alone are left."""
         limit = time.monotonic() + seconds
         while (titles := [t for t in map(_title, self.family()) if t]) and time.monotonic() < limit:
-            if all("DashboardAgent" in title for title in titles):
+            if all("Agent" in title for title in titles):
                 break
             time.sleep(0.1)
         return titles

@@ -14,13 +14,23 @@ from pipeline.store import Store
 from pipeline.worker import Decoder
 from shards import write_shard
 
-pytestmark = pytest.mark.processes
 UNITS = 6
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 64])
+@pytest.mark.parametrize("engines", [1, 2, 3, 5, 16, 100])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_engines_always_leave_room_for_a_decode_task(threads, engines, cpus):
+    """Otherwise a job would wait forever, in silence. What they reserve is a quantity that Ray takes, and not decode's own, which would fuse the two."""
+    share = cluster.cpus_of_an_engine(threads, engines, cpus)
+    assert engines * share + cluster.DECODE_CPUS <= cpus or share == 0.01
+    assert 0 < share <= max(1, threads - 1) and share != cluster.DECODE_CPUS
+    assert share < 1 or share == int(share)
 
 
 @pytest.fixture()
 def two_gpus(monkeypatch):
-    """Ray, started by the test, with two GPUs that nothing looks at; gone afterwards."""
+    """Ray, started by the test, with two GPUs that nothing looks at and no CPU more than GPUs; gone afterwards."""
     import ray
 
     with tempfile.TemporaryDirectory(prefix="fl-", ignore_cleanup_errors=True) as folder:
@@ -31,6 +41,7 @@ def two_gpus(monkeypatch):
         ray.shutdown()
 
 
+@pytest.mark.processes
 def test_units_go_through_a_pool_of_gpu_actors_one_receipt_each(tmp_path, two_gpus, monkeypatch):
     """Each engine has a GPU of its own, and each unit gives exactly one receipt and one file."""
     for i in range(UNITS):

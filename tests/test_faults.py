@@ -127,7 +127,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(folder) -> Story:
-    """Five starts: interrupted, terminated, driver killed, actor then driver killed, and at last decode worker and actor killed."""
+    """Four starts, in which five processes are killed: actor, decode worker and driver, twice each but for the driver; one start is interrupted, one terminated."""
     made = digits.write(folder / "digits")
     units = in_small_shards(made, folder / "small")
     words = ["--dataset", "val", "--source", folder / "small", "--model", "networks:Slow", "--weights", made.weights]
@@ -135,7 +135,7 @@ def story(folder) -> Story:
     run, chance, second = folder / "run", random.Random(SEED), None
     command = ["extract", "--run", run, *words, "--address", "local"]
     rounds = []
-    for hurts in (["SIGINT"], ["SIGTERM"], ["driver"], ["actor", "driver"], ["decode worker", "actor"]):
+    for hurts in (["SIGINT"], ["actor", "SIGTERM"], ["decode worker", "driver"], ["decode worker", "actor"]):
         with running(folder, *command, env={"NAP": str(NAP)}) as job:
             if second is None:
                 job.until(lambda: (run / "datasets" / "val.json").exists())
@@ -143,7 +143,7 @@ def story(folder) -> Story:
             for what in hurts:
                 before = hurt(job, what, run, chance)
             start = time.monotonic()
-            code, seconds, left_over = job.wait(), time.monotonic() - start, job.left_over()
+            code, seconds, left_over = job.wait(), time.monotonic() - start, job.left_over(90)
             rounds.append(Round(hurts, code, job.stderr(), before, committed(run), seconds, left_over))
     return Story(rounds, run, folder / "reference", units, second)
 
@@ -219,8 +219,8 @@ def test_nothing_on_stderr_is_rays(story):
 
 
 def test_no_process_outlives_its_job(story):
-    """Engines, decode workers and Ray's own servers go with the driver, however it ends; its idle agent may take a minute more to notice."""
-    assert [[title for title in r.left_over if "DashboardAgent" not in title] for r in story.rounds] == [[]] * len(story.rounds)
+    """Engines, decode workers and Ray's own servers go with the driver, however it ends; a worker that was just starting, and two idle agents of Ray, may take a minute to notice."""
+    assert [[title for title in r.left_over if "Agent" not in title] for r in story.rounds] == [[]] * len(story.rounds)
 
 
 def test_a_second_job_on_the_same_data_set_is_refused(story):
@@ -253,11 +253,11 @@ def test_a_sample_that_kills_and_one_that_raises_are_set_aside_alone(folder):
 
 
 def test_a_shard_that_breaks_during_the_job_stops_it_after_the_rest(folder):
-    """One truncated, one gone after the census: exit code 4, a message that names one, the rest done; put back, the same command completes."""
+    """One truncated, one gone after the census: exit code 4, a message that names one, the rest done; put back, the same command completes. Two engines share the work."""
     source, run = folder / "breaking", folder / "breaking-run"
     for i, name in enumerate("abcd"):
         touchy(source / f"{name}.tar", 6, 6 * i)
-    command = ["extract", "--run", run, "--dataset", "val", "--source", source, "--model", "networks:Touchy", "--address", "local"]
+    command = ["extract", "--run", run, "--dataset", "val", "--source", source, "--model", "networks:Touchy", "--address", "local", "--actors", 2]
     with running(folder, *command) as job:
         job.until(lambda: (run / "datasets" / "val.json").exists())
         for name in "bc":
