@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import BadRequest, printable
 from pipeline.manifest import write_json
 from pipeline.statistics import Reference, moments
-from pipeline.store import Store, replace_file, saliency_of
+from pipeline.store import Store, replace_file, rows_of, saliency_of
 
 SUBSETS = ("errors", "all")
 FACTS = ("sample_id", "label", "prediction", "label_confidence", "prediction_confidence", "loss")
@@ -150,7 +150,7 @@ def flat_header(rows: int, filters: int) -> bytes:
 
 def _rows(store: Store, dataset: str, subset: str, standard: Reference, tick):
     """(normalised ŝ float32 [n, F], table of `ROWS`) a block at a time, in the order of the profiles."""
-    seen, total = 0, sum(pq.read_metadata(f).num_rows for f in store.files(dataset))
+    seen, total = 0, sum(rows_of(f) for f in store.files(dataset))
     tick(f"index {dataset}", 0, total)
     for file, position, batch in store.blocks(dataset, [*FACTS, "saliency"]):
         facts = pa.Table.from_batches([batch])
@@ -158,9 +158,12 @@ def _rows(store: Store, dataset: str, subset: str, standard: Reference, tick):
         seen += batch.num_rows
         tick(f"index {dataset}", seen, total)
         if len(keep):
+            standardised = standard.standardise(saliency_of(batch)[keep])
+            if not np.isfinite(standardised).all():
+                raise BadRequest(f"{printable(file)} holds saliency that is not finite: remove it, and extract {printable(dataset)} again with the same command")
             chosen = facts.select(FACTS).take(keep)
             columns = [pa.array([dataset] * len(keep)), *chosen.columns, pa.array([file.name] * len(keep)), pa.array(position + keep, pa.int32())]
-            yield normalise(standard.standardise(saliency_of(batch)[keep])), pa.table(columns, schema=ROWS)
+            yield normalise(standardised), pa.table(columns, schema=ROWS)
 
 
 def _kept(batch: pa.RecordBatch, subset: str) -> np.ndarray:

@@ -74,7 +74,7 @@ class Run:
         """The index of that name (see `index.search.Index`); stays open. Raises BadRequest if it is absent or stale."""
         from index.search import Index
 
-        if name not in self._indexes:
+        if name not in self._indexes or not self._indexes[name].is_current(self.store):
             self._indexes[name] = Index(self.store, name)
         return self._indexes[name]
 

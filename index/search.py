@@ -44,12 +44,20 @@ class Index:
                 raise BadRequest(f"the index {printable(self.folder)} is stale: {', '.join(words[c] for c in changed)} changed since it was built; run faultline index again")
             self.rows = read_table(self.folder / "rows.parquet")
             self._flat = faiss.read_index(str(self.folder / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
-        except (OSError, RuntimeError, KeyError, pa.ArrowException) as fault:
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as fault:
             raise BadRequest(f"the index {printable(self.folder)} cannot be read ({type(fault).__name__}): run faultline index again") from None
         made = (self.rows.schema.metadata or {}).get(b"identity", b"").decode()
         if made != self.about["identity"] or self._flat.ntotal != self.rows.num_rows or self._flat.d != self.about["filters"]:
             raise BadRequest(f"the index {printable(self.folder)} is being rebuilt or was left half built: run faultline index again")
         self.vectors = faiss.rev_swig_ptr(self._flat.get_xb(), self._flat.ntotal * self._flat.d).reshape(self._flat.ntotal, self._flat.d)
+
+    def is_current(self, store: Store) -> bool:
+        """Whether what was opened is still what lies on the disk, and still what would be built from the run as it is now."""
+        try:
+            now = identity(store, self.datasets, self.about["reference"], self.about["subset"])["identity"]
+            return now == self.about["identity"] == read_json(self.folder / "index.json").get("identity")
+        except (BadRequest, OSError):
+            return False
 
     @property
     def datasets(self) -> list[str]:

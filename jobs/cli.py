@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from jobs.progress import ProgressBar, duration, say
+from jobs.progress import ProgressBar, say
 from pipeline.errors import BadRequest, Fault, Stopped, printable
 
 app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Which filters made an image classifier err, and which other images fail for the same reason.")
@@ -219,7 +219,7 @@ def _actors(text: str | None) -> tuple[int, int] | None:
 def main() -> None:
     """The console script: runs the command and turns every ending into its exit code and a message of one to three lines."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # engines share their cores with decoders: threads that spin while they wait cost all of them
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = _run()
         sys.stdout.flush()
@@ -251,9 +251,14 @@ def _run() -> int:
     return 0
 
 
+def _terminate(*_: object) -> None:
+    """SIGTERM ends a job as Ctrl-C does, also where SIGINT is ignored, as in a shell's background."""
+    raise KeyboardInterrupt
+
+
 def _unforeseen(defect: Exception) -> int:
     """A disk that refuses is the user's to mend; everything else is a defect of ours."""
-    if isinstance(defect, OSError) and defect.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT):
+    if isinstance(defect, OSError) and defect.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT):
         code = Stopped.exit_code if defect.errno in (errno.ENOSPC, errno.EDQUOT) else BadRequest.exit_code
         return _end(f"{printable(defect.filename or 'a file')} cannot be used ({defect.strerror}): put that right and give the same command again", code)
     text = str(defect).strip().splitlines()

@@ -83,7 +83,7 @@ def workers(run: Path, decoder: Decoder, manifest: Manifest, device: str, addres
         yield Stream(lambda units, attempts: (writer(decoder(unit)) for unit in units), "starting in this process (small work; --address local starts Ray)")
         return
     ray = _start(address)
-    yield Stream(lambda units, attempts: _stream(ray, run, decoder, manifest, device, actors, units, attempts), "waiting for the first unit: Ray's workers are starting (about 20 s)")
+    yield Stream(lambda units, attempts: _stream(ray, run, decoder, manifest, device, actors, units, attempts), "waiting for the first unit: Ray's workers are starting (half a minute or so)")
 
 
 def _start(address: str | None):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from index import Run
@@ -38,8 +40,9 @@ def demo(folder: Path) -> None:
     found = run.neighbors(sample)
     query.draw(run, sample, found, gallery)
     output.neighbours(found, "table")
+    activate = "" if shutil.which("faultline") else f"first            export PATH={shlex.quote(str(Path(sys.argv[0]).absolute().parent))}:$PATH\n"
     say(f"""
-the picture      {printable(gallery)}
+{activate}the picture      {printable(gallery)}
 the run          {printable(folder)} (profiles/, statistics/, index/: Parquet and FAISS files)
 try next         faultline query --run {shlex.quote(str(folder))} {sample} --in v2 --layers conv7..conv8
                  faultline status --run {shlex.quote(str(folder))}

@@ -25,6 +25,7 @@ from pipeline.filters import FilterLayout
 from pipeline.manifest import Manifest
 from pipeline.samples import Preprocessing, decode
 from pipeline.sources import Shard, Source, open_source
+from pipeline.statistics import IMPORTED, Reference
 from pipeline.store import Census, Progress, Store
 from pipeline.units import MOST, Unit
 from pipeline.worker import Decoder, Receipt
@@ -94,6 +95,9 @@ def extract(settings: Settings) -> Outcome:
     """Run it. Raises BadRequest before anything is done, Stopped once something is (the same command resumes)."""
     settings.check()
     store = Store(settings.run.expanduser().absolute())
+    if settings.device == "cuda" or cluster.joins(settings.address):
+        cluster.device_for(settings.device, settings.address)  # refused before anything is written
+    refuse_imported(store, settings.dataset)
     source, names = open_source(settings.source)
     names = names[: settings.shards]
     census = take_census(store, settings, source, names)
@@ -104,6 +108,13 @@ def extract(settings: Settings) -> Outcome:
         todo = store.todo(settings.dataset, manifest.unit_samples)
         units_run = run_units(store, settings, manifest, census, todo) if todo else 0
     return outcome(store, settings, units_run)
+
+
+def refuse_imported(store: Store, dataset: str) -> None:
+    """Raises BadRequest for a data set that is called like imported statistics: its own would replace them."""
+    path = store.run / "statistics" / f"{dataset}.parquet"
+    if dataset not in store.datasets() and path.exists() and Reference.read(path, store.manifest().layers).origin.startswith(IMPORTED):
+        raise BadRequest(f"--dataset: '{printable(dataset)}' names imported statistics of this run; call the data set something else")
 
 
 def take_census(store: Store, settings: Settings, source: Source, names: list[str]) -> Census:

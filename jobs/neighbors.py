@@ -42,6 +42,7 @@ def neighbors(run: Run, source: str, within: str | None, k: int, out: Path, laye
     """
     if k < 1:
         raise BadRequest(f"-k: {k} neighbours cannot be given; ask for 1 or more")
+    refuse_inside(run, out, "--out")
     if out.suffix != ".parquet" or not out.absolute().parent.is_dir():
         raise BadRequest(f"--out: {printable(out)} must end in .parquet and lie in a folder that exists")
     total = run.store.progress(source).done if source in run.datasets else run.store.census(source).samples
@@ -66,6 +67,13 @@ def neighbors(run: Run, source: str, within: str | None, k: int, out: Path, laye
 
     replace_file(out, write)
     return asked
+
+
+def refuse_inside(run: Run, path: Path, option: str) -> None:
+    """Raises BadRequest for a path among the run's own files, which a result must not replace or join."""
+    for own in ("datasets", "profiles", "rejects", "statistics", "index"):
+        if path.absolute().resolve().is_relative_to((run.store.run / own).absolute().resolve()):
+            raise BadRequest(f"{option}: {printable(path)} lies among the run's own files; choose a place outside {printable(run.store.run / own)}")
 
 
 def _search(run: Run, index, source: str, queries: np.ndarray, facts: pa.Table, k: int, within: str | None, columns: slice | None) -> pa.Table:

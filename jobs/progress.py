@@ -61,7 +61,8 @@ class ProgressBar:
         """Samples a second since the first result, so that waiting for workers counts for nothing; 0 before there are two results."""
         if self.first is None or self.count == self.first[1]:
             return 0.0
-        return (self.count - self.first[1]) / max(time.monotonic() - self.first[0], 1e-3)
+        seconds = time.monotonic() - self.first[0]
+        return (self.count - self.first[1]) / seconds if seconds > 0.2 else 0.0
 
     def waiting(self, text: str) -> None:
         """Nothing has come yet, and why: shown where the rate will be."""

@@ -8,11 +8,13 @@ import pyarrow as pa
 
 from index.run import Run
 from jobs import figures
+from jobs.neighbors import refuse_inside
 from pipeline.errors import printable
 
 
 def draw(run: Run, sample: str, found: pa.Table, path: Path, name: str | None = None) -> None:
     """Draw `sample` and its neighbours (a `NEIGHBOURS` table, of the index `name`) into `path`. Raises BadRequest for a file that cannot be drawn."""
+    refuse_inside(run, path, "--gallery")
     place = run.find(sample)
     own = run.record(place, ["sample_id", "label", "prediction", "prediction_confidence", "thumbnail"])
     names = {f"{key}_name": run.manifest.name_of(own[key]) for key in ("label", "prediction")}

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout
 
+IMPORTED = "imported from "  # how the origin of somebody else's statistics begins
 DEAD = 1e-12  # a filter whose sigma is not above this contributes 0
 
 
@@ -117,4 +118,4 @@ def import_published(path: Path, aggregation: str, layout: FilterLayout) -> Refe
         raise BadRequest(f"{printable(path)} is about {len(mean)} filters, this run's network has {layout.total}: it belongs to another model")
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
         raise BadRequest(f"{printable(path)} holds values that are not finite, or a negative std")
-    return Reference(mean, std, 0, aggregation, f"imported from {Path(path).name}")
+    return Reference(mean, std, 0, aggregation, f"{IMPORTED}{Path(path).name}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,8 +44,19 @@ def profiles_schema(filters: int) -> pa.Schema:
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """One Parquet file. (`pq.read_table` would load pyarrow's dataset machinery, and pandas with it.)"""
-    with pq.ParquetFile(path) as parquet:
+    with whole(path) as parquet:
         return parquet.read(columns)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, its checksums verified as it is read. Raises BadRequest naming it if it is damaged, with the remedy."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError) as fault:
+        reason = str(fault).splitlines()[0][:120] if str(fault) else type(fault).__name__
+        raise BadRequest(f"{printable(path)} is damaged ({printable(reason)}): remove it, and give the command that made it again") from None
 
 
 def saliency_of(table: pa.Table | pa.RecordBatch) -> np.ndarray:
@@ -134,22 +146,23 @@ class Store:
         """Counted from the files that exist."""
         pending = sum(unit.samples for unit in self.todo(dataset, 1 << 30))
         files = self.files(dataset)
-        rows = [pq.read_metadata(f).num_rows for f in files]
-        rejected = sum(pq.read_metadata(self.run / "rejects" / dataset / f.name).num_rows for f in files)
+        rows = [rows_of(f) for f in files]
+        rejected = sum(rows_of(self.run / "rejects" / dataset / f.name) for f in files)
         return Progress(sum(rows) + rejected + pending, sum(rows), pending, rejected, _rate(files))
 
     # ---- units -------------------------------------------------------------------------------------------------
 
     def files(self, dataset: str) -> list[Path]:
-        """Profile files of the committed units, in the order of their names."""
-        return sorted(p for p in (self.run / "profiles" / dataset).glob("*.parquet") if interval_of(p.stem))
+        """Profile files of the committed units, in the order of their names. Without its rejects file a unit is not whole."""
+        rejects = {p.name for p in (self.run / "rejects" / dataset).glob("*.parquet")}
+        return sorted(p for p in (self.run / "profiles" / dataset).glob("*.parquet") if p.name in rejects and interval_of(p.stem))
 
     def committed(self, dataset: str) -> list[str]:
         """Stems of the committed units."""
         return [p.stem for p in self.files(dataset)]
 
     def is_committed(self, unit: Unit) -> bool:
-        return (self.run / "profiles" / unit.dataset / f"{unit.stem}.parquet").exists()
+        return all((self.run / folder / unit.dataset / f"{unit.stem}.parquet").exists() for folder in ("profiles", "rejects"))
 
     def commit(self, unit: Unit, profiles: pa.Table, rejects: pa.Table) -> None:
         """Write a unit. Raises OSError (no space, read-only), and then nothing of it is visible."""
@@ -168,7 +181,7 @@ class Store:
         """(file, position of its first row in the file, batch of at most `rows`) over all profiles, in a fixed order."""
         for file in self.files(dataset):
             position = 0
-            with pq.ParquetFile(file) as parquet:
+            with whole(file) as parquet:
                 for batch in parquet.iter_batches(rows, columns=columns):
                     yield file, position, batch
                     position += batch.num_rows
@@ -186,6 +199,12 @@ class Store:
         return pa.concat_tables(tables) if tables else REJECTS.empty_table()
 
 
+def rows_of(path: Path) -> int:
+    """Rows of a Parquet file, from its footer."""
+    with whole(path) as parquet:
+        return parquet.metadata.num_rows
+
+
 def replace_file(path: Path, write) -> None:
     """`write(partial)` under a name that no reader matches, flushed to the disk, then renamed to `path`. Nothing stays if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +220,7 @@ def replace_file(path: Path, write) -> None:
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd", row_group_size=1024))
+    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd", row_group_size=1024, write_page_checksum=True))
 
 
 def _rate(files: list[Path]) -> float | None:
@@ -213,4 +232,4 @@ def _rate(files: list[Path]) -> float | None:
     pause = 10 * sorted(gap for gap, _ in steps)[len(steps) // 2] + 1
     steady = [(gap, samples) for gap, samples in steps if gap <= pause]
     seconds = sum(gap for gap, _ in steady)
-    return round(sum(samples for _, samples in steady) / seconds, 2) if seconds > 0 else None
+    return round(sum(samples for _, samples in steady) / seconds, 2) if seconds > 0.5 else None  # less: copied, or too short to tell

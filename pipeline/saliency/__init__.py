@@ -19,10 +19,6 @@ import torch
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
 
-AGGREGATIONS = ("abs", "signed")
-ENGINES = ("auto", "fused", "vmap")
-PRECISIONS = ("fp32", "tf32", "bf16")
-
 
 class Saliency(NamedTuple):
     """saliency: s̄, float32 [B, F], the mean |dL/dtheta| (`abs`) or |mean dL/dtheta| (`signed`) of each filter's weights;
