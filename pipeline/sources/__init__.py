@@ -22,6 +22,16 @@ from pipeline.errors import BadRequest, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
+FILES = {
+    "tar shards": (".tar", ".tar.gz", ".tgz"),
+    "Parquet files": (".parquet",),
+    "arrays": (".npz", ".npy"),
+}
+ACCEPTED = (
+    "tar shards (.tar, .tar.gz), Parquet files, CIFAR's python batches, or .npy and .npz arrays (a file, a folder, or a pattern such as 'val-{00..63}.tar'); "
+    "a folder of class folders; ImageNet's flat validation folder with its devkit"
+)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -64,39 +74,78 @@ class Source(Protocol):
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
         """Samples [start, stop) of a shard. Raises OSError or BadRequest if the shard is not what the census saw."""
 
+    def advice(self, names: list[str]) -> list[str]:
+        """Lines that a user should see before hours are spent on these shards."""
+        return []
 
-def open_source(spec: str) -> tuple[Source, list[str]]:
+
+def open_source(spec: str, devkit: str | None = None) -> tuple[Source, list[str]]:
     """(reader, shard names in order) for what `--source` names; the kind follows from what the path holds.
 
-    `spec` is a tar shard, a pattern of them (`*`, `?`, `[...]`, `{00..63}`, `{a,b}`), a folder of them, or a folder of
-    class folders. Raises BadRequest if nothing usable is there.
+    `spec` is a file, a pattern of files (`*`, `?`, `[...]`, `{00..63}`, `{a,b}`), or a folder. Raises BadRequest if nothing usable is there.
     """
-    from pipeline.sources.class_folders import ClassFolders
+    paths, root = _paths(spec)
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        root = paths[0]
+        paths = [p for p in _below(root) if kind_of_file(p)]
+        if not paths:
+            return _folder(root, devkit)
+    kinds = {kind_of_file(p): p for p in reversed(paths)}
+    if None in kinds:
+        raise BadRequest(f"--source: {printable(kinds[None])} is of no kind that is read here; what is: {ACCEPTED}")
+    if len(kinds) > 1:
+        one, other = sorted(kinds)[:2]
+        raise BadRequest(f"--source: {printable(spec)} holds both {other} and {one}: name one kind by a pattern, for example '*{os.path.splitext(kinds[one])[1]}'")
+    if devkit:
+        raise BadRequest("--devkit: it is for the flat folder of ImageNet's validation images; leave it out")
+    return _files(*kinds, root, [os.path.relpath(p, root) for p in paths])
+
+
+def kind_of_file(path: str) -> str | None:
+    """What a file is, in the words of a message; None for what no reader takes."""
+    name = os.path.basename(path)
+    return next((kind for kind, suffixes in FILES.items() if name.endswith(suffixes)), None)
+
+
+def _files(kind: str, root: str, names: list[str]) -> tuple[Source, list[str]]:
+    """The reader of files of one kind."""
+    from pipeline.sources import tars
+    from pipeline.sources.tar_folders import TarFolders
     from pipeline.sources.webdataset import WebDataset
 
-    patterns = expand_braces(os.path.expanduser(spec))
+    if len(names) == 1 and TarFolders.holds(tars.first_files(os.path.join(root, names[0]))):
+        return TarFolders(root), names
+    return WebDataset(root), names
+
+
+def _folder(root: str, devkit: str | None) -> tuple[Source, list[str]]:
+    """The reader of a folder that holds images as files."""
+    from pipeline.sources.class_folders import ClassFolders
+
+    return ClassFolders.find(root)
+
+
+def _paths(spec: str) -> tuple[list[str], str]:
+    """(absolute paths that `spec` names, each once; the folder above them all). Raises BadRequest if one is not there."""
     paths, missing = [], []
-    for pattern in patterns:
+    for pattern in expand_braces(os.path.expanduser(spec)):
         found = sorted(p for p in glob(pattern, recursive=True) if not os.path.isdir(p)) if has_magic(pattern) and not os.path.exists(pattern) else [pattern]
         paths.extend(os.path.abspath(p) for p in found)
         missing.extend([] if found and all(map(os.path.exists, found)) else [pattern])
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise BadRequest(f"--source: there is no {printable(missing[0])}{more}; give tar shards (a file, a folder, or a pattern such as 'val-{{00..63}}.tar') or a folder of class folders")
-    if len(paths) == 1 and os.path.isdir(paths[0]):
-        folder = paths[0]
-        tars = sorted(os.path.join(at, f) for at, _, files in os.walk(folder) for f in files if f.endswith(".tar") and not f.startswith("."))
-        if not tars:
-            return ClassFolders.find(folder)
-        return WebDataset(folder), [os.path.relpath(p, folder) for p in tars]
-    strange = [p for p in paths if not p.endswith(".tar")]
-    if strange:
-        hint = "unpack it with gunzip first" if strange[0].endswith((".tar.gz", ".tgz")) else "shards end in .tar"
-        raise BadRequest(f"--source: {printable(strange[0])} is not a tar shard: {hint}")
-    paths = list(dict.fromkeys(paths))
+        raise BadRequest(f"--source: there is no {printable(missing[0])}{more}; give {ACCEPTED}")
     fixed = re.split(r"[*?\[{]", os.path.abspath(os.path.expanduser(spec)), maxsplit=1)[0]
-    root = os.path.dirname(fixed)
-    return WebDataset(root), [os.path.relpath(p, root) for p in paths]
+    return list(dict.fromkeys(paths)), os.path.dirname(fixed)
+
+
+def _below(folder: str) -> list[str]:
+    """Visible files below a folder, sorted; hidden folders (a download's `.cache`) are left out."""
+    found = []
+    for at, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found.extend(os.path.join(at, f) for f in files if not f.startswith("."))
+    return sorted(found)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -118,6 +167,7 @@ def expand_braces(pattern: str) -> list[str]:
 def reader(kind: str, root: str) -> Source:
     """The reader of a kind again, on any machine that reaches `root`."""
     from pipeline.sources.class_folders import ClassFolders
+    from pipeline.sources.tar_folders import TarFolders
     from pipeline.sources.webdataset import WebDataset
 
-    return {cls.kind: cls for cls in (WebDataset, ClassFolders)}[kind](root)
+    return {cls.kind: cls for cls in (WebDataset, TarFolders, ClassFolders)}[kind](root)
