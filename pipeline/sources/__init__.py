@@ -113,6 +113,10 @@ def _files(kind: str, root: str, names: list[str]) -> tuple[Source, list[str]]:
     from pipeline.sources.tar_folders import TarFolders
     from pipeline.sources.webdataset import WebDataset
 
+    if kind == "Parquet files":
+        from pipeline.sources.parquet import HuggingFaceParquet
+
+        return HuggingFaceParquet.find(root, names)
     if len(names) == 1 and TarFolders.holds(tars.first_files(os.path.join(root, names[0]))):
         return TarFolders(root), names
     return WebDataset(root), names
@@ -167,7 +171,8 @@ def expand_braces(pattern: str) -> list[str]:
 def reader(kind: str, root: str) -> Source:
     """The reader of a kind again, on any machine that reaches `root`."""
     from pipeline.sources.class_folders import ClassFolders
+    from pipeline.sources.parquet import HuggingFaceParquet
     from pipeline.sources.tar_folders import TarFolders
     from pipeline.sources.webdataset import WebDataset
 
-    return {cls.kind: cls for cls in (WebDataset, TarFolders, ClassFolders)}[kind](root)
+    return {cls.kind: cls for cls in (WebDataset, TarFolders, HuggingFaceParquet, ClassFolders)}[kind](root)
