@@ -55,6 +55,7 @@ class Settings:
     shards: int | None = None
     max_rejects: int | None = None
     address: str | None = None
+    devkit: str | None = None
 
     def check(self) -> None:
         """Raises BadRequest with every fault of the settings together."""
@@ -94,8 +95,10 @@ def extract(settings: Settings) -> Outcome:
     """Run it. Raises BadRequest before anything is done, Stopped once something is (the same command resumes)."""
     settings.check()
     store = Store(settings.run.expanduser().absolute())
-    source, names = open_source(settings.source)
+    source, names = open_source(settings.source, settings.devkit)
     names = names[: settings.shards]
+    for line in source.advice(names):
+        say(line)
     census = take_census(store, settings, source, names)
     manifest = prepare(store, settings, source, census)
     with only_writer(store, settings.dataset):

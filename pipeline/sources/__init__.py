@@ -32,6 +32,8 @@ ACCEPTED = (
     "a folder of class folders; ImageNet's flat validation folder with its devkit"
 )
 
+NO_DEVKIT = "--devkit: it tells the labels of ImageNet's flat validation folder (ILSVRC2012_val_00000001.JPEG, ...), and --source is not one; leave it out"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -87,7 +89,7 @@ def open_source(spec: str, devkit: str | None = None) -> tuple[Source, list[str]
     paths, root = _paths(spec)
     if len(paths) == 1 and os.path.isdir(paths[0]):
         root = paths[0]
-        paths = [p for p in _below(root) if kind_of_file(p)]
+        paths = [p for p in _below(root) if kind_of_file(p) and "ILSVRC2012_devkit_t12" not in os.path.relpath(p, root)]
         if not paths:
             return _folder(root, devkit)
     kinds = {kind_of_file(p): p for p in reversed(paths)}
@@ -97,7 +99,7 @@ def open_source(spec: str, devkit: str | None = None) -> tuple[Source, list[str]
         one, other = sorted(kinds)[:2]
         raise BadRequest(f"--source: {printable(spec)} holds both {other} and {one}: name one kind by a pattern, for example '*{os.path.splitext(kinds[one])[1]}'")
     if devkit:
-        raise BadRequest("--devkit: it is for the flat folder of ImageNet's validation images; leave it out")
+        raise BadRequest(NO_DEVKIT)
     return _files(*kinds, root, [os.path.relpath(p, root) for p in paths])
 
 
@@ -125,7 +127,12 @@ def _files(kind: str, root: str, names: list[str]) -> tuple[Source, list[str]]:
 def _folder(root: str, devkit: str | None) -> tuple[Source, list[str]]:
     """The reader of a folder that holds images as files."""
     from pipeline.sources.class_folders import ClassFolders
+    from pipeline.sources.flat_imagenet import FlatImageNet
 
+    if found := FlatImageNet.find(root, devkit):
+        return found
+    if devkit:
+        raise BadRequest(NO_DEVKIT)
     return ClassFolders.find(root)
 
 
@@ -171,8 +178,9 @@ def expand_braces(pattern: str) -> list[str]:
 def reader(kind: str, root: str) -> Source:
     """The reader of a kind again, on any machine that reaches `root`."""
     from pipeline.sources.class_folders import ClassFolders
+    from pipeline.sources.flat_imagenet import FlatImageNet
     from pipeline.sources.parquet import HuggingFaceParquet
     from pipeline.sources.tar_folders import TarFolders
     from pipeline.sources.webdataset import WebDataset
 
-    return {cls.kind: cls for cls in (WebDataset, TarFolders, HuggingFaceParquet, ClassFolders)}[kind](root)
+    return {cls.kind: cls for cls in (WebDataset, TarFolders, HuggingFaceParquet, ClassFolders, FlatImageNet)}[kind](root)
