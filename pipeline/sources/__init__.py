@@ -27,11 +27,12 @@ FILES = {
     "Parquet files": (".parquet",),
     "arrays": (".npz", ".npy"),
 }
+BATCH = re.compile(r"data_batch_\d+|test_batch|train|test")  # what CIFAR's python release calls its pickles
 ACCEPTED = (
     "tar shards (.tar, .tar.gz), Parquet files, CIFAR's python batches, or .npy and .npz arrays (a file, a folder, or a pattern such as 'val-{00..63}.tar'); "
     "a folder of class folders; ImageNet's flat validation folder with its devkit"
 )
-
+UNPACKED = re.compile(rf"(.*/)?({BATCH.pattern})|(\./)?((?!n\d{{8}}/)\D[^/]*/)?ILSVRC2012_val_\d{{8}}\.JPEG")  # in a tar: CIFAR's python release, ImageNet's flat images
 NO_DEVKIT = "--devkit: it tells the labels of ImageNet's flat validation folder (ILSVRC2012_val_00000001.JPEG, ...), and --source is not one; leave it out"
 
 
@@ -106,21 +107,34 @@ def open_source(spec: str, devkit: str | None = None) -> tuple[Source, list[str]
 def kind_of_file(path: str) -> str | None:
     """What a file is, in the words of a message; None for what no reader takes."""
     name = os.path.basename(path)
+    if BATCH.fullmatch(name) and os.path.isfile(path):
+        with open(path, "rb") as file:
+            return "CIFAR batches" if file.read(1) == b"\x80" else None
     return next((kind for kind, suffixes in FILES.items() if name.endswith(suffixes)), None)
 
 
 def _files(kind: str, root: str, names: list[str]) -> tuple[Source, list[str]]:
     """The reader of files of one kind."""
-    from pipeline.sources import tars
+    from pipeline.sources.arrays import Arrays
+    from pipeline.sources.cifar_batches import CifarBatches
+    from pipeline.sources.parquet import HuggingFaceParquet
     from pipeline.sources.tar_folders import TarFolders
+    from pipeline.sources.tars import first_files
     from pipeline.sources.webdataset import WebDataset
 
     if kind == "Parquet files":
-        from pipeline.sources.parquet import HuggingFaceParquet
-
         return HuggingFaceParquet.find(root, names)
-    if len(names) == 1 and TarFolders.holds(tars.first_files(os.path.join(root, names[0]))):
-        return TarFolders(root), names
+    if kind == "arrays":
+        return Arrays.find(root, names)
+    if kind == "CIFAR batches":
+        return CifarBatches.find(root, names)
+    if len(names) == 1:
+        path = os.path.join(root, names[0])
+        files = first_files(path)
+        if any(UNPACKED.fullmatch(f) for f in files) and not any(f.endswith((".cls", ".json")) for f in files):
+            raise BadRequest(f"--source: {printable(path)} is a release that is read unpacked: tar xf it into a folder, and give that folder")
+        if TarFolders.holds(files):
+            return TarFolders(root), names
     return WebDataset(root), names
 
 
@@ -177,10 +191,12 @@ def expand_braces(pattern: str) -> list[str]:
 
 def reader(kind: str, root: str) -> Source:
     """The reader of a kind again, on any machine that reaches `root`."""
+    from pipeline.sources.arrays import Arrays
+    from pipeline.sources.cifar_batches import CifarBatches
     from pipeline.sources.class_folders import ClassFolders
     from pipeline.sources.flat_imagenet import FlatImageNet
     from pipeline.sources.parquet import HuggingFaceParquet
     from pipeline.sources.tar_folders import TarFolders
     from pipeline.sources.webdataset import WebDataset
 
-    return {cls.kind: cls for cls in (WebDataset, TarFolders, HuggingFaceParquet, ClassFolders, FlatImageNet)}[kind](root)
+    return {cls.kind: cls for cls in (WebDataset, TarFolders, HuggingFaceParquet, ClassFolders, FlatImageNet, CifarBatches, Arrays)}[kind](root)
