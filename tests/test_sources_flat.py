@@ -74,6 +74,21 @@ def test_devkit_lies_in_or_beside_the_images_or_is_named(tmp_path, where, packed
     assert [s.label for s in shards.samples(source, name)] == LABELS
 
 
+def test_folder_above_the_images_stands_for_them(tmp_path):
+    """As class folders, all of them would be class 0."""
+    write_devkit(tmp_path, WNIDS, TRUTH)
+    write_val(tmp_path / "val")
+    source, (name,) = open_source(str(tmp_path))
+    assert source.root == str(tmp_path / "val") and [s.label for s in shards.samples(source, name)] == LABELS
+
+
+@pytest.mark.parametrize("top", ["", "./", "val/"])
+def test_tar_of_the_flat_images_is_refused_with_the_remedy(tmp_path, top):
+    shards.write_tar(tmp_path / "ILSVRC2012_img_val.tar", [(f"{top}ILSVRC2012_val_{n:08d}.JPEG", b"J") for n in range(1, 5)])
+    with pytest.raises(BadRequest, match="ILSVRC2012_img_val.tar is a release that is read unpacked: tar xf it into a folder"):
+        open_source(str(tmp_path / "ILSVRC2012_img_val.tar"))
+
+
 def test_subset_keeps_the_labels_of_its_numbers(tmp_path):
     """A first try with a few images: position in the folder is not position in the ground truth."""
     write_devkit(tmp_path, WNIDS, TRUTH)

@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,6 +23,7 @@ from pipeline.sources import IMAGE_SUFFIXES, RawSample, Shard, Source
 from pipeline.sources.class_folders import sample_id_of
 
 NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:_n\d{8})?\.")
+CLASS = re.compile(r"n\d{8}|\d+")  # a folder of one class
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 EVERY = 256  # images between two marks
@@ -39,9 +40,14 @@ class FlatImageNet(Source):
 
     @classmethod
     def find(cls, folder: str, devkit: str | None) -> tuple[FlatImageNet, list[str]] | None:
-        """(reader, its one shard), or None if this is no flat folder of ImageNet."""
-        flat = any(NAME.match(entry.name) for entry in os.scandir(folder) if entry.is_file())
-        return (cls(folder, devkit), ["."]) if flat else None
+        """(reader, its one shard), or None if this is no flat folder of ImageNet. A folder above it will do, with the devkit beside it:
+        as class folders, all images would be of one class."""
+        if not _is_flat(folder):
+            inner = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".") and DEVKIT not in e.name]
+            if len(inner) != 1 or CLASS.fullmatch(inner[0]) or not _is_flat(os.path.join(folder, inner[0])):
+                return None
+            folder = os.path.join(folder, inner[0])
+        return cls(folder, devkit), ["."]
 
     def images(self) -> list[str]:
         """File names, sorted."""
@@ -137,5 +143,9 @@ def _from_tar(path: str) -> dict[str, bytes]:
     return found
 
 
-def _digest(names) -> str:
+def _is_flat(folder: str) -> bool:
+    return any(NAME.match(entry.name) for entry in os.scandir(folder) if entry.is_file())
+
+
+def _digest(names: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
