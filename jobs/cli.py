@@ -40,7 +40,7 @@ def demo(run: RunOption = Path("runs/demo")) -> None:
 def extract(
     run: RunOption,
     dataset: Annotated[str, typer.Option(help="What this data set is called in the run, for example val.")],
-    source: Annotated[str, typer.Option(help="Tar shards (a file, a folder, a pattern such as 'val-{00..63}.tar') or a folder of class folders.")],
+    source: Annotated[str, typer.Option(help="Tar shards (a file, a folder, a pattern such as 'val-{00..63}.tar'), Parquet files, a folder of class folders, ImageNet's flat validation folder, ImageNet-v2's release, CIFAR's python batches, or .npy and .npz arrays.")],
     model: Annotated[str, typer.Option(help="A torchvision classifier, resnet20|32|44|56|110 or cifar_resnet18, or module:factory.")],
     weights: Annotated[Optional[str], typer.Option(help="A .safetensors or .pth file, or the name of torchvision weights. Default: torchvision's best.")] = None,
     preprocess: Annotated[Optional[str], typer.Option(help="imagenet, cifar, or parts: resize=256,crop=224,interpolation=bilinear,mean=0.5/0.5/0.5,std=0.5/0.5/0.5. Default: the model's own.")] = None,
@@ -54,12 +54,13 @@ def extract(
     shards: Annotated[Optional[int], typer.Option(help="Only the first N shards, for a first try.")] = None,
     max_rejects: Annotated[Optional[int], typer.Option(help="More samples set aside than this end in exit code 3. Default: 1% of the samples.")] = None,
     address: Annotated[Optional[str], typer.Option(help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")] = None,
+    devkit: Annotated[Optional[str], typer.Option(help="ILSVRC2012_devkit_t12, the folder or its tar.gz, for ImageNet's flat validation folder. Default: the one in or beside it.")] = None,
 ) -> None:
     """Shards to filter saliency profiles. The same command again resumes, and is free when all is there."""
     from jobs.extract import Settings, extract as job
 
     bounds = _actors(actors)
-    result = job(Settings(run, dataset, source, model, weights, preprocess, engine, precision, aggregation, batch_size, device, bounds, max_samples, shards, max_rejects, address))
+    result = job(Settings(run, dataset, source, model, weights, preprocess, engine, precision, aggregation, batch_size, device, bounds, max_samples, shards, max_rejects, address, devkit))
     p = result.progress
     done = "nothing to do" if not result.units_run else f"{result.units_run} units"
     say(f"{dataset}: {p.done:,} profiles, {p.rejected:,} set aside, top-1 {result.top1:.4f}, {result.errors:,} misclassified ({done})")

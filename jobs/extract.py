@@ -56,6 +56,7 @@ class Settings:
     shards: int | None = None
     max_rejects: int | None = None
     address: str | None = None
+    devkit: str | None = None
 
     def check(self) -> None:
         """Raises BadRequest with every fault of the settings together."""
@@ -98,8 +99,10 @@ def extract(settings: Settings) -> Outcome:
     if settings.device == "cuda" or cluster.joins(settings.address):
         cluster.device_for(settings.device, settings.address)  # refused before anything is written
     refuse_imported(store, settings.dataset)
-    source, names = open_source(settings.source)
+    source, names = open_source(settings.source, settings.devkit)
     names = names[: settings.shards]
+    for line in source.advice(names):
+        say(line)
     census = take_census(store, settings, source, names)
     manifest = prepare(store, settings, source, census)
     with only_writer(store, settings.dataset):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BadRequest
-from pipeline.sources import Shard, expand_braces, open_source, webdataset
+from pipeline.sources import Shard, expand_braces, open_source, tars
 
 
 def of_tar(path: Path, members, **kwargs):
@@ -142,7 +142,7 @@ def test_marks_are_few_and_reading_begins_at_the_nearest(long):
     """So that the last unit of a shard does not read the whole of it."""
     source, name, _ = long
     shard = source.census(name)
-    assert [position for position, _ in shard.marks] == [0, webdataset.MARK_EVERY, 2 * webdataset.MARK_EVERY]
+    assert [position for position, _ in shard.marks] == [0, tars.MARK_EVERY, 2 * tars.MARK_EVERY]
     assert [shard.marks_for(*interval)[0][0] for interval in ((0, 5), (127, 129), (128, 129), (299, 300))] == [0, 0, 128, 256]
     assert [position for position, _ in shard.marks_for(100, 200)] == [0, 128]
 
@@ -276,15 +276,15 @@ def test_relative_path_and_brackets_in_a_real_name(tmp_path, monkeypatch):
         ("nowhere.tar", "there is no .*nowhere.tar; give tar shards"),
         ("val-{00..05}.tar", r"there is no .*val-03.tar \(and 2 more\)"),
         ("x*.tar", r"there is no .*x\*\.tar"),
-        ("set.tar.gz", "set.tar.gz is not a tar shard: unpack it with gunzip first"),
-        ("set.zip", "set.zip is not a tar shard: shards end in .tar"),
-        ("{val-00.tar,set.zip}", "set.zip is not a tar shard"),
-        ("nothing", "holds neither .tar shards nor class folders with images"),
+        ("set.zip", "set.zip is of no kind that is read here; what is: tar shards .*, Parquet files"),
+        ("{val-00.tar,set.zip}", "set.zip is of no kind"),
+        ("{val-00.tar,set.parquet}", "holds both tar shards and Parquet files: name one kind"),
+        ("nothing", "holds nothing that is read here; what is: tar shards .*class folders"),
         ("evil\n\x1b[2J.tar", r"there is no .*evil\\n\\x1b\[2J.tar"),
     ],
 )
 def test_unusable_source_is_refused_by_name(many, spec, message):
-    shards.write_tree(many, {"set.tar.gz": b"", "set.zip": b"", "nothing/x/readme.txt": b""})
+    shards.write_tree(many, {"set.parquet": b"", "set.zip": b"", "nothing/x/readme.txt": b""})
     with pytest.raises(BadRequest, match=f"^--source: .*{message}" if not message.startswith("there") else f"^--source: {message}"):
         open_source(os.path.join(many, spec))
 

@@ -22,6 +22,19 @@ from pipeline.errors import BadRequest, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
+FILES = {
+    "tar shards": (".tar", ".tar.gz", ".tgz"),
+    "Parquet files": (".parquet",),
+    "arrays": (".npz", ".npy"),
+}
+BATCH = re.compile(r"data_batch_\d+|test_batch|train|test")  # what CIFAR's python release calls its pickles
+ACCEPTED = (
+    "tar shards (.tar, .tar.gz), Parquet files, CIFAR's python batches, or .npy and .npz arrays (a file, a folder, or a pattern such as 'val-{00..63}.tar'); "
+    "a folder of class folders; ImageNet's flat validation folder with its devkit"
+)
+UNPACKED = re.compile(rf"(.*/)?({BATCH.pattern})|(\./)?((?!n\d{{8}}/)\D[^/]*/)?ILSVRC2012_val_\d{{8}}\.JPEG")  # in a tar: CIFAR's python release, ImageNet's flat images
+NO_DEVKIT = "--devkit: it tells the labels of ImageNet's flat validation folder (ILSVRC2012_val_00000001.JPEG, ...), and --source is not one; leave it out"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -64,39 +77,100 @@ class Source(Protocol):
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
         """Samples [start, stop) of a shard. Raises OSError or BadRequest if the shard is not what the census saw."""
 
+    def advice(self, names: list[str]) -> list[str]:
+        """Lines that a user should see before hours are spent on these shards."""
+        return []
 
-def open_source(spec: str) -> tuple[Source, list[str]]:
+
+def open_source(spec: str, devkit: str | None = None) -> tuple[Source, list[str]]:
     """(reader, shard names in order) for what `--source` names; the kind follows from what the path holds.
 
-    `spec` is a tar shard, a pattern of them (`*`, `?`, `[...]`, `{00..63}`, `{a,b}`), a folder of them, or a folder of
-    class folders. Raises BadRequest if nothing usable is there.
+    `spec` is a file, a pattern of files (`*`, `?`, `[...]`, `{00..63}`, `{a,b}`), or a folder. Raises BadRequest if nothing usable is there.
     """
-    from pipeline.sources.class_folders import ClassFolders
+    paths, root = _paths(spec)
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        root = paths[0]
+        paths = [p for p in _below(root) if kind_of_file(p) and "ILSVRC2012_devkit_t12" not in os.path.relpath(p, root)]
+        if not paths:
+            return _folder(root, devkit)
+    kinds = {kind_of_file(p): p for p in reversed(paths)}
+    if None in kinds:
+        raise BadRequest(f"--source: {printable(kinds[None])} is of no kind that is read here; what is: {ACCEPTED}")
+    if len(kinds) > 1:
+        one, other = sorted(kinds)[:2]
+        raise BadRequest(f"--source: {printable(spec)} holds both {other} and {one}: name one kind by a pattern, for example '*{os.path.splitext(kinds[one])[1]}'")
+    if devkit:
+        raise BadRequest(NO_DEVKIT)
+    return _files(*kinds, root, [os.path.relpath(p, root) for p in paths])
+
+
+def kind_of_file(path: str) -> str | None:
+    """What a file is, in the words of a message; None for what no reader takes."""
+    name = os.path.basename(path)
+    if BATCH.fullmatch(name) and os.path.isfile(path):
+        with open(path, "rb") as file:
+            return "CIFAR batches" if file.read(1) == b"\x80" else None
+    return next((kind for kind, suffixes in FILES.items() if name.endswith(suffixes)), None)
+
+
+def _files(kind: str, root: str, names: list[str]) -> tuple[Source, list[str]]:
+    """The reader of files of one kind."""
+    from pipeline.sources.arrays import Arrays
+    from pipeline.sources.cifar_batches import CifarBatches
+    from pipeline.sources.parquet import HuggingFaceParquet
+    from pipeline.sources.tar_folders import TarFolders
+    from pipeline.sources.tars import first_files
     from pipeline.sources.webdataset import WebDataset
 
-    patterns = expand_braces(os.path.expanduser(spec))
+    if kind == "Parquet files":
+        return HuggingFaceParquet.find(root, names)
+    if kind == "arrays":
+        return Arrays.find(root, names)
+    if kind == "CIFAR batches":
+        return CifarBatches.find(root, names)
+    if len(names) == 1:
+        path = os.path.join(root, names[0])
+        files = first_files(path)
+        if any(UNPACKED.fullmatch(f) for f in files) and not any(f.endswith((".cls", ".json")) for f in files):
+            raise BadRequest(f"--source: {printable(path)} is a release that is read unpacked: tar xf it into a folder, and give that folder")
+        if TarFolders.holds(files):
+            return TarFolders(root), names
+    return WebDataset(root), names
+
+
+def _folder(root: str, devkit: str | None) -> tuple[Source, list[str]]:
+    """The reader of a folder that holds images as files."""
+    from pipeline.sources.class_folders import ClassFolders
+    from pipeline.sources.flat_imagenet import FlatImageNet
+
+    if found := FlatImageNet.find(root, devkit):
+        return found
+    if devkit:
+        raise BadRequest(NO_DEVKIT)
+    return ClassFolders.find(root)
+
+
+def _paths(spec: str) -> tuple[list[str], str]:
+    """(absolute paths that `spec` names, each once; the folder above them all). Raises BadRequest if one is not there."""
     paths, missing = [], []
-    for pattern in patterns:
+    for pattern in expand_braces(os.path.expanduser(spec)):
         found = sorted(p for p in glob(pattern, recursive=True) if not os.path.isdir(p)) if has_magic(pattern) and not os.path.exists(pattern) else [pattern]
         paths.extend(os.path.abspath(p) for p in found)
         missing.extend([] if found and all(map(os.path.exists, found)) else [pattern])
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise BadRequest(f"--source: there is no {printable(missing[0])}{more}; give tar shards (a file, a folder, or a pattern such as 'val-{{00..63}}.tar') or a folder of class folders")
-    if len(paths) == 1 and os.path.isdir(paths[0]):
-        folder = paths[0]
-        tars = sorted(os.path.join(at, f) for at, _, files in os.walk(folder) for f in files if f.endswith(".tar") and not f.startswith("."))
-        if not tars:
-            return ClassFolders.find(folder)
-        return WebDataset(folder), [os.path.relpath(p, folder) for p in tars]
-    strange = [p for p in paths if not p.endswith(".tar")]
-    if strange:
-        hint = "unpack it with gunzip first" if strange[0].endswith((".tar.gz", ".tgz")) else "shards end in .tar"
-        raise BadRequest(f"--source: {printable(strange[0])} is not a tar shard: {hint}")
-    paths = list(dict.fromkeys(paths))
+        raise BadRequest(f"--source: there is no {printable(missing[0])}{more}; give {ACCEPTED}")
     fixed = re.split(r"[*?\[{]", os.path.abspath(os.path.expanduser(spec)), maxsplit=1)[0]
-    root = os.path.dirname(fixed)
-    return WebDataset(root), [os.path.relpath(p, root) for p in paths]
+    return list(dict.fromkeys(paths)), os.path.dirname(fixed)
+
+
+def _below(folder: str) -> list[str]:
+    """Visible files below a folder, sorted; hidden folders (a download's `.cache`) are left out."""
+    found = []
+    for at, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found.extend(os.path.join(at, f) for f in files if not f.startswith("."))
+    return sorted(found)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -117,7 +191,12 @@ def expand_braces(pattern: str) -> list[str]:
 
 def reader(kind: str, root: str) -> Source:
     """The reader of a kind again, on any machine that reaches `root`."""
+    from pipeline.sources.arrays import Arrays
+    from pipeline.sources.cifar_batches import CifarBatches
     from pipeline.sources.class_folders import ClassFolders
+    from pipeline.sources.flat_imagenet import FlatImageNet
+    from pipeline.sources.parquet import HuggingFaceParquet
+    from pipeline.sources.tar_folders import TarFolders
     from pipeline.sources.webdataset import WebDataset
 
-    return {cls.kind: cls for cls in (WebDataset, ClassFolders)}[kind](root)
+    return {cls.kind: cls for cls in (WebDataset, TarFolders, HuggingFaceParquet, ClassFolders, FlatImageNet, CifarBatches, Arrays)}[kind](root)

@@ -1,0 +1,151 @@
+"""ImageNet's validation images as released: one flat folder of `ILSVRC2012_val_<number>.JPEG`, and the devkit that knows their labels.
+
+Line i of the devkit's `ILSVRC2012_validation_ground_truth.txt` belongs to image i. It holds an ILSVRC2012_ID, in an order of the devkit's own
+and NOT that of the sorted WordNet IDs which every trained network uses: `meta.mat` says which WordNet ID it stands for, the leaves of its
+tree (num_children 0) are the classes, and the label is the rank among their sorted WordNet IDs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pipeline.errors import BadRequest, printable
+from pipeline.sources import IMAGE_SUFFIXES, RawSample, Shard, Source
+from pipeline.sources.class_folders import sample_id_of
+
+NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:_n\d{8})?\.")
+CLASS = re.compile(r"n\d{8}|\d+")  # a folder of one class
+DEVKIT = "ILSVRC2012_devkit_t12"
+TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+EVERY = 256  # images between two marks
+MOST = 64 << 20  # bytes of a devkit's file
+
+
+@dataclass(frozen=True)
+class FlatImageNet(Source):
+    """Reader of the flat folder `root`. The census needs the devkit; reading does not, since a mark carries its images' labels."""
+
+    root: str
+    devkit: str | None = None
+    kind: ClassVar[str] = "flat ImageNet"
+
+    @classmethod
+    def find(cls, folder: str, devkit: str | None) -> tuple[FlatImageNet, list[str]] | None:
+        """(reader, its one shard), or None if this is no flat folder of ImageNet. A folder above it will do, with the devkit beside it:
+        as class folders, all images would be of one class."""
+        if not _is_flat(folder):
+            inner = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".") and DEVKIT not in e.name]
+            if len(inner) != 1 or CLASS.fullmatch(inner[0]) or not _is_flat(os.path.join(folder, inner[0])):
+                return None
+            folder = os.path.join(folder, inner[0])
+        return cls(folder, devkit), ["."]
+
+    def images(self) -> list[str]:
+        """File names, sorted."""
+        return sorted(e.name for e in os.scandir(self.root) if e.name.lower().endswith(IMAGE_SUFFIXES) and not e.name.startswith(".") and e.is_file())
+
+    def census(self, name: str) -> Shard:
+        """Images of the folder. A handle is [digest of the names up to the next mark, their labels]; the version is a digest of all of it."""
+        labels = self._labels()
+        images = self.images()
+        marks = []
+        for position in range(0, len(images), EVERY):
+            part = images[position : position + EVERY]
+            numbers = [int(match[1]) if (match := NAME.match(image)) else 0 for image in part]
+            marks.append((position, [_digest(part), [labels[n - 1] if 0 < n <= len(labels) else -1 for n in numbers]]))
+        return Shard(name, len(images), _digest(map(repr, marks)), tuple(marks))
+
+    def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
+        images = self.images()
+        for position, (digest, labels) in marks:
+            part = images[position : position + len(labels)]
+            if _digest(part) != digest:
+                raise BadRequest(f"{printable(self.root)} holds other files than when the run began: put them back, or begin another run")
+            for at in range(max(start - position, 0), min(stop - position, len(part))):
+                fault = None if labels[at] >= 0 else f"the devkit has no label for this name; it knows {NAME.pattern.partition('(')[0]}00000001 and so on"
+                yield RawSample(sample_id_of(part[at]), b"" if fault else Path(self.root, part[at]).read_bytes(), labels[at], fault)
+
+    def _labels(self) -> list[int]:
+        """Label of image 1, 2, ...; the rank of its sorted WordNet ID."""
+        where, truth, meta = _devkit_files(self.root, self.devkit)
+        wnids = _leaves(where, meta)
+        rank = {wnid: label for label, wnid in enumerate(sorted(wnids.values()))}
+        try:
+            ids = [int(line) for line in truth.decode("ascii").split()]
+            return [rank[wnids[i]] for i in ids]
+        except (ValueError, KeyError) as fault:
+            raise BadRequest(f"{printable(where)}: {TRUTH} and {META} do not belong together ({printable(fault)} is no ILSVRC2012_ID of a leaf): fetch {DEVKIT}.tar.gz again") from None
+
+
+def _leaves(where: str, meta: bytes) -> dict[int, str]:
+    """ILSVRC2012_ID -> WordNet ID of the synsets without children. Raises BadRequest for a meta.mat that is not the devkit's."""
+    from scipy.io import loadmat
+
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"].reshape(-1)
+        rows = [(int(s["ILSVRC2012_ID"]), str(s["WNID"]), int(s["num_children"])) for s in synsets]
+    except Exception as fault:  # scipy raises almost anything on a damaged file
+        raise BadRequest(f"{printable(where)}: its {META} cannot be read ({type(fault).__name__}: {printable(fault)[:100]}): fetch {DEVKIT}.tar.gz again") from None
+    leaves = {number: wnid for number, wnid, children in rows if children == 0}
+    if len(set(leaves.values())) != sum(children == 0 for _, _, children in rows):
+        raise BadRequest(f"{printable(where)}: its {META} names a synset twice: fetch {DEVKIT}.tar.gz again")
+    return leaves
+
+
+def _devkit_files(root: str, given: str | None) -> tuple[str, bytes, bytes]:
+    """(where they lie, ground truth, meta.mat) from the first devkit there is. Raises BadRequest saying where it was looked for."""
+    at = [os.path.expanduser(given)] if given else [os.path.join(folder, DEVKIT + suffix) for folder in (root, os.path.dirname(root)) for suffix in ("", ".tar.gz", ".tgz", ".tar")]
+    path = next(filter(os.path.exists, at), None)
+    if path is None:
+        option = "--devkit" if given else "--source"
+        raise BadRequest(
+            f"{option}: there is no {printable(given)}; name the folder {DEVKIT} or its tar.gz" if given else
+            f"{option}: {printable(root)} is ImageNet's flat folder, whose labels are in the devkit, and there is none: put {DEVKIT} (the folder or its .tar.gz) beside it, or name it by --devkit"
+        )  # fmt: skip
+    try:
+        found = _from_folder(path) if os.path.isdir(path) else _from_tar(path)
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as fault:
+        raise BadRequest(f"{printable(path)} cannot be read ({printable(fault)}): fetch {DEVKIT}.tar.gz again") from None
+    lacking = [name for name in (TRUTH, META) if name not in found]
+    if lacking:
+        raise BadRequest(f"{printable(path)} holds no data/{' and no data/'.join(lacking)} (or an absurdly large one): it is not {DEVKIT}")
+    return path, found[TRUTH], found[META]
+
+
+def _from_folder(path: str) -> dict[str, bytes]:
+    found = {}
+    for folder in (path, os.path.join(path, "data"), os.path.join(path, DEVKIT, "data")):
+        for name in (TRUTH, META):
+            file = Path(folder, name)
+            if name not in found and file.is_file() and file.stat().st_size <= MOST:
+                found[name] = file.read_bytes()
+    return found
+
+
+def _from_tar(path: str) -> dict[str, bytes]:
+    found = {}
+    with tarfile.open(path, "r:*") as tar:
+        for member in tar:
+            name = os.path.basename(member.name)
+            if member.isreg() and name in (TRUTH, META) and name not in found and member.size <= MOST:
+                found[name] = tar.extractfile(member).read()
+            if len(found) == 2:
+                break
+    return found
+
+
+def _is_flat(folder: str) -> bool:
+    return any(NAME.match(entry.name) for entry in os.scandir(folder) if entry.is_file())
+
+
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]

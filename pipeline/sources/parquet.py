@@ -1,0 +1,122 @@
+"""Hugging Face Parquet: one row a sample, `image` = struct{bytes, path} and a whole number `label`, as in `ILSVRC/imagenet-1k`.
+
+The ID is the file name in `path` by the rule of class folders (`ILSVRC2012_val_00000293_n01440764.JPEG` -> `ILSVRC2012_val_00000293`);
+where `path` is null it is file and row, `validation-00000-of-00014/000042`. Rows are streamed page by page from the row group
+in which a unit begins: no row group, whatever its size, is in memory as a whole (Arrow's pages end after 1,024 rows at the latest).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import BadRequest, printable
+from pipeline.sources import RawSample, Shard, Source
+from pipeline.sources.class_folders import sample_id_of
+
+IMAGE, LABEL = ("image", "img"), ("label", "fine_label")  # names that Hugging Face's own data sets use
+ROWS = 16  # that are in memory at once
+BUFFER = 1 << 20  # bytes of a column that are
+SPLIT = re.compile(r"([A-Za-z]\w*?)-\d+-of-\d+(?:-[0-9a-f]+)?\.parquet$")
+
+
+@dataclass(frozen=True)
+class HuggingFaceParquet(Source):
+    """Reader of Parquet files below `root`."""
+
+    root: str
+    kind: ClassVar[str] = "parquet"
+
+    @classmethod
+    def find(cls, root: str, names: list[str]) -> tuple[HuggingFaceParquet, list[str]]:
+        """(reader, its shards). Raises BadRequest for a folder that holds more than one split: training images must not mix with the rest."""
+        splits = sorted({match[1] for match in map(SPLIT.search, map(os.path.basename, names)) if match})
+        if len(splits) > 1:
+            raise BadRequest(f"--source: {printable(root)} holds several splits ({printable(', '.join(splits))}): name one by a pattern, for example '{printable(splits[-1])}-*.parquet'")
+        return cls(root), names
+
+    def census(self, name: str) -> Shard:
+        """Rows of one file from its footer. A handle is [row group, version]; the version is a digest of the footer, which has the size,
+        place and bounds of every column chunk."""
+        version, marks, samples = self._version(name), [], 0
+        with self._open(name) as file:
+            self._columns(name, file.schema_arrow)
+            for group in range(file.num_row_groups):
+                marks.append((samples, [group, version]))
+                samples += file.metadata.row_group(group).num_rows
+        return Shard(name, samples, version, tuple(mark for i, mark in enumerate(marks) if i + 1 == len(marks) or marks[i + 1][0] > mark[0]))
+
+    def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
+        position, (first, version) = marks[0]
+        if self._version(name) != version:
+            raise BadRequest(f"{printable(self._path(name))} is another file than when the run began: put the old file back, or begin another run")
+        with self._open(name) as file:
+            image, label = self._columns(name, file.schema_arrow)
+            groups = list(range(first, file.num_row_groups))
+            try:
+                for batch in file.iter_batches(ROWS, groups, [image, label], use_threads=False) if groups else ():
+                    skip = max(0, start - position)
+                    for row in range(skip, min(batch.num_rows, stop - position)):
+                        yield _sample(f"{name.removesuffix('.parquet')}/{position + row:06d}", batch.column(0)[row].as_py(), batch.column(1)[row].as_py())
+                    position += batch.num_rows
+                    if position >= stop:
+                        return
+            except (pa.ArrowException, OSError) as fault:
+                raise BadRequest(f"{printable(self._path(name))} cannot be read on from row {position} ({_first_line(fault)}): fetch it again") from None
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+    def _open(self, name: str) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self._path(name), buffer_size=BUFFER, pre_buffer=False)
+        except (pa.ArrowException, OSError) as fault:
+            raise BadRequest(f"{printable(self._path(name))} cannot be read as Parquet ({_first_line(fault)}): fetch it again, or leave it out of --source") from None
+
+    def _version(self, name: str) -> str:
+        """A digest of the file's size and footer, whose length stands before the last 4 bytes."""
+        with open(self._path(name), "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 8))
+            footer = int.from_bytes(file.read(4), "little") + 8
+            file.seek(max(0, size - footer))
+            return hashlib.sha256(b"%d" % size + file.read(min(footer, 64 << 20))).hexdigest()[:16]
+
+    def _columns(self, name: str, schema: pa.Schema) -> tuple[str, str]:
+        """(image column, label column). Raises BadRequest saying in one sentence what is there instead."""
+        where = f"{printable(self._path(name))}"
+        image, label = (next((c for c in names if c in schema.names), None) for names in (IMAGE, LABEL))
+        if image is None or label is None:
+            has = printable(", ".join(schema.names[:8]) or "none")
+            raise BadRequest(f"{where} has no column '{(LABEL if image else IMAGE)[0]}' (its columns: {has}); rename yours, image being struct{{bytes, path}} and label a whole number")
+        kind = schema.field(image).type
+        inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+        if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
+            raise BadRequest(f"{where}: column '{image}' is {printable(kind)[:80]}, not struct{{bytes, path}} with the encoded image; write it with datasets' Image feature")
+        if not pa.types.is_integer(schema.field(label).type):
+            raise BadRequest(f"{where}: column '{label}' is {printable(schema.field(label).type)[:80]}, not a whole number; write it with datasets' ClassLabel feature")
+        return image, label
+
+
+def _sample(place: str, image: dict | bytes | None, label: int | None) -> RawSample:
+    """`place`: the ID where the row's path gives none."""
+    content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+    sample_id = (sample_id_of(path) if isinstance(path, str) else "") or place
+    if content is None:
+        return RawSample(sample_id, fault="the row holds no image bytes" + (", only the path of a file elsewhere" if path else ""))
+    if label is None:
+        return RawSample(sample_id, fault="the row's label is null")
+    if label == -1:
+        return RawSample(sample_id, fault="its label is -1: this split is published without labels")
+    return RawSample(sample_id, content, label)
+
+
+def _first_line(fault: Exception) -> str:
+    return printable((str(fault).strip().splitlines() or [type(fault).__name__])[0][:200])

@@ -1,0 +1,230 @@
+"""Tar archives read from front to back: `.tar` from any sample's first header, `.tar.gz` from its beginning alone.
+
+gzip cannot be entered in the middle. So that the units of a `.tar.gz` need neither the whole archive in memory nor a new start
+for each, a process keeps the stream where its last unit ended, and the next one goes on from there; a unit that lies further on
+skips forward, one that lies before begins again. A process thus unpacks an archive about once, and so does every other process.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import posixpath
+import tarfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from pipeline.errors import BadRequest, printable
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+MARK_EVERY = 128  # samples between two places from which reading can begin
+MOST_BYTES = 256 << 20  # of one image: a few kilobytes of gzip can stand for any number of them
+PARKED = 4  # streams that a process keeps open
+FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error)
+
+
+def is_gzip(name: str) -> bool:
+    return not name.endswith(".tar")
+
+
+def key_of(path: str) -> tuple[str, str]:
+    """(key, extension in lower case) of a member: `a/b.c/img.01.JPG` -> (`a/b.c/img`, `01.jpg`).
+
+    Bytes that are no UTF-8 are written as their escapes, so that every key can be stored as text.
+    """
+    path = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    folder, name = posixpath.split(path)
+    key, _, extension = name.partition(".")
+    return posixpath.join(folder, key) if key else "", extension.lower()
+
+
+class Forward:
+    """A binary file that tarfile reads; over gzip it moves forward alone. `last` is what the last read gave."""
+
+    def __init__(self, path: str, offset: int):
+        self.seekable = not is_gzip(path)
+        self.file = open(path, "rb") if self.seekable else gzip.open(path, "rb")
+        self.position, self.last = 0, b""
+        self.seek(offset)
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, size: int) -> bytes:
+        self.last = self.file.read(size)
+        self.position += len(self.last)
+        return self.last
+
+    def seek(self, position: int) -> None:
+        if self.seekable:
+            self.position = self.file.seek(position)
+        elif position < self.position:
+            raise OSError("a gzip stream was asked to go back")
+        while self.position < position and self.read(min(1 << 20, position - self.position)):
+            pass
+
+
+@dataclass
+class Group:
+    """Consecutive regular members of one key, and what those of them hold that were asked for, by their offset."""
+
+    key: str
+    members: list[tarfile.TarInfo] = field(default_factory=list)
+    contents: dict[int, bytes] = field(default_factory=dict)
+
+    def extractfile(self, member: tarfile.TarInfo) -> io.BytesIO:
+        return io.BytesIO(self.contents[member.offset])
+
+
+class Walk:
+    """Iterates the groups of a tar; `position` is the number of the next one. Contents are held from group `hold_from` on.
+
+    `key(member name)` -> the group that a member belongs to, or "" for one that is no part of any; folders, links and devices never are.
+    `holds(member name)`: whether a member's content is wanted. At most one group is in memory, and the first member of the next.
+    """
+
+    def __init__(self, path: str, key: Callable[[str], str], holds: Callable[[str], bool], offset: int = 0, position: int = 0):
+        self.file = Forward(path, offset)
+        self.position, self.hold_from = position, float("inf")
+        self.key, self.holds = key, holds
+        try:
+            self.tar = tarfile.open(fileobj=self.file, mode="r:")
+        except BaseException:
+            self.file.file.close()
+            raise
+        self.groups = self._groups()
+
+    def __iter__(self) -> Iterator[Group]:
+        return self
+
+    def __next__(self) -> Group:
+        group = next(self.groups)
+        self.position += 1
+        return group
+
+    def _groups(self) -> Iterator[Group]:
+        group, number = Group(""), self.position - 1
+        for member in self.tar:
+            self.tar.members.clear()  # tarfile keeps every header it has seen
+            key = self.key(member.name) if member.isfile() else ""
+            if not key:
+                continue
+            if key != group.key:
+                if group.key:
+                    yield group
+                group, number = Group(key), number + 1
+            group.members.append(member)
+            if number >= self.hold_from and member.size <= MOST_BYTES and self.holds(member.name):
+                group.contents[member.offset] = self.tar.extractfile(member).read()
+        if group.key:
+            yield group
+
+    def check_end(self) -> None:
+        """Raises ReadError unless the archive ended with tar's own end mark, a block of zeros (tarfile stops as quietly where a transfer was
+        cut off, or at a damaged header), and gzip's checksum holds to the end of the file."""
+        block = self.file.last
+        if block != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"{'a damaged header' if block else 'no end mark'} at byte {self.tar.offset}")
+        while not self.file.seekable and self.file.read(1 << 20):
+            pass
+
+    def close(self) -> None:
+        self.file.file.close()
+
+
+def fingerprint(path: str) -> str:
+    """Of a .tar.gz, from its size and gzip's own checksum at its end: enough to know that it is another file now."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        return f"{size}-{file.read().hex()}"
+
+
+def count(path: str, key: Callable[[str], str], each: Callable[[int, Group], None]) -> tuple[int, str]:
+    """(groups, digest of all members' names, sizes and times) of a tar, read to its end from its headers alone; `each` is shown every group.
+
+    Raises BadRequest naming the file if it cannot be read to its end.
+    """
+    digest, walk = hashlib.sha256(), None
+    try:
+        if is_gzip(path):
+            digest.update(fingerprint(path).encode())
+        walk = Walk(path, key, lambda name: False)
+        for group in walk:
+            digest.update(repr([(m.name, m.size, m.mtime) for m in group.members]).encode("utf-8", "surrogateescape"))
+            each(walk.position - 1, group)
+        walk.check_end()
+        return walk.position, digest.hexdigest()[:16]
+    except FAULTS as fault:
+        raise BadRequest(f"{printable(path)} cannot be read to its end ({printable(fault)}): fetch it again or repack it, or leave it out of --source") from None
+    finally:
+        if walk is not None:
+            walk.close()
+
+
+def groups(path: str, key: Callable[[str], str], holds: Callable[[str], bool], mark: tuple[int, object], start: int, stop: int) -> Iterator[Group]:
+    """Groups [start, stop) with their contents. `mark`: the position and byte offset of a header, or of a .tar.gz its fingerprint.
+
+    Raises BadRequest if there are fewer of them, or if a .tar.gz is not the file of the census.
+    """
+    position, handle = mark
+    if is_gzip(path):
+        if fingerprint(path) != handle:
+            raise _changed(path)
+        walk = _unpark(path, handle, start) or Walk(path, key, holds)
+    else:
+        walk = Walk(path, key, holds, handle, position)
+    walk.hold_from = start
+    try:
+        while walk.position < stop and (group := next(walk, None)):
+            if walk.position > start:
+                yield group
+    except FAULTS as fault:
+        raise BadRequest(f"{printable(path)} cannot be read on from sample {walk.position} ({printable(fault)}): fetch it again or repack it") from None
+    finally:
+        if is_gzip(path) and walk.position == stop:
+            _park(path, handle, walk)
+        else:
+            walk.close()
+    if walk.position < stop:
+        raise BadRequest(f"{printable(path)} holds {walk.position} samples where it held {stop} or more when the run began: put the old file back, or begin another run")
+
+
+def _changed(path: str) -> BadRequest:
+    return BadRequest(f"{printable(path)} is another file than when the run began: put the old file back, or begin another run")
+
+
+_streams: dict[tuple, Walk] = {}
+_lock = threading.Lock()
+
+
+def _unpark(path: str, handle: object, start: int) -> Walk | None:
+    """The stream that this process left at or before `start`. The one who takes it has it alone."""
+    with _lock:
+        walk = _streams.get((os.getpid(), path, handle))
+        return _streams.pop((os.getpid(), path, handle)) if walk and walk.position <= start else None
+
+
+def _park(path: str, handle: object, walk: Walk) -> None:
+    with _lock:
+        for key in [(os.getpid(), path, handle), *list(_streams)[: len(_streams) + 1 - PARKED]]:
+            if (old := _streams.pop(key, None)) is not None:
+                old.close()
+        _streams[os.getpid(), path, handle] = walk
+
+
+def first_files(path: str, most: int = 32) -> list[str]:
+    """Names of the first regular, visible files of a tar; fewer where it cannot be read on (the census will say so)."""
+    found: list[str] = []
+    with suppress(*FAULTS):
+        walk = Walk(path, lambda name: name if key_of(name)[0] else "", lambda name: False)
+        try:
+            found.extend(group.key for _, group in zip(range(most), walk))
+        finally:
+            walk.close()
+    return found
