@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,3 +70,9 @@ def samples(source: Source, name: str, start: int = 0, stop: int | None = None) 
     stop = shard.samples if stop is None else stop
     marks = tuple(map(tuple, json.loads(json.dumps(shard.marks_for(start, stop)))))
     return list(reader(source.kind, source.root).read(marks, name, start, stop))
+
+
+def check_interval(source: Source, name: str, everything: list[RawSample], start: int, stop: int) -> None:
+    """Samples [start, stop), read by a reader that was pickled, as to another machine, are that slice of the whole shard."""
+    if start < stop:
+        assert samples(pickle.loads(pickle.dumps(source)), name, start, stop) == everything[start:stop]

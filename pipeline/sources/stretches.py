@@ -11,6 +11,7 @@ import io
 import os
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -67,15 +68,15 @@ class Rows:
         return hashlib.sha256(np.ascontiguousarray(pixels).data.tobytes() + labels.encode()).hexdigest()[:16]
 
 
-class Stretches(Source):
+class Stretches(Source, ABC):
     """Reader of files of rows below `root`; a kind says how one is opened."""
 
     root: str
     kind = "rows"
 
+    @abstractmethod
     def opened(self, path: str) -> AbstractContextManager[Rows]:
         """Raises one of FAULTS, whose text ends up behind the path, or BadRequest."""
-        raise NotImplementedError
 
     def stem(self, name: str) -> str:
         """What an ID begins with."""
