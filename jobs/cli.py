@@ -62,7 +62,7 @@ def extract(
     bounds = _actors(actors)
     result = job(Settings(run, dataset, source, model, weights, preprocess, engine, precision, aggregation, batch_size, device, bounds, max_samples, shards, max_rejects, address, devkit))
     p = result.progress
-    done = "nothing to do" if not result.units_run else f"{result.units_run} units"
+    done = "nothing to do" if not result.units_run else f"{result.units_run} unit{'s' * (result.units_run != 1)}"
     say(f"{dataset}: {p.done:,} profiles, {p.rejected:,} set aside, top-1 {result.top1:.4f}, {result.errors:,} misclassified ({done})")
     if p.rejected:
         say(f"why they were set aside: {printable(run)}/rejects/{dataset}/*.parquet")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs import cluster
 from jobs.progress import ProgressBar, say
@@ -29,6 +30,9 @@ from pipeline.statistics import IMPORTED, Reference
 from pipeline.store import Census, Progress, Store
 from pipeline.units import MOST, Unit
 from pipeline.worker import Decoder, Receipt
+
+if TYPE_CHECKING:  # torch is loaded for new runs alone
+    from pipeline.models import Classifier
 
 DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 ENGINES, PRECISIONS, AGGREGATIONS = ("auto", "fused", "vmap"), ("fp32", "tf32", "bf16"), ("abs", "signed")
@@ -103,8 +107,10 @@ def extract(settings: Settings) -> Outcome:
     names = names[: settings.shards]
     for line in source.advice(names):
         say(line)
+    manifest = matching(store, settings)
+    classifier = None if manifest else load_model(settings)
     census = take_census(store, settings, source, names)
-    manifest = prepare(store, settings, source, census)
+    manifest = manifest or begin(store, settings, source, census, classifier)
     with only_writer(store, settings.dataset):
         store.write_census(settings.dataset, census)
         store.sweep(settings.dataset)
@@ -158,10 +164,10 @@ def _count(source: Source, name: str) -> Shard | BadRequest:
         return fault
 
 
-def prepare(store: Store, settings: Settings, source: Source, census: Census) -> Manifest:
-    """run.json and the weights, written if the run is new; otherwise checked against what is asked. Raises BadRequest for a mix."""
+def matching(store: Store, settings: Settings) -> Manifest | None:
+    """The run as it was begun, or None if it is new. Raises BadRequest, naming the difference, if other settings are asked for."""
     if not (store.run / "run.json").exists():
-        return begin(store, settings, source, census)
+        return None
     manifest = store.manifest()
     engine = None if settings.engine == "auto" else settings.engine
     asked = {"model": settings.model, "aggregation": settings.aggregation, "precision": settings.precision, "engine": engine, "batch_size": settings.batch_size}
@@ -183,17 +189,22 @@ def _is_same_file(weights: str | None, digest: str) -> bool:
         return file_digest(file, "sha256").hexdigest() == digest
 
 
-def begin(store: Store, settings: Settings, source: Source, census: Census) -> Manifest:
-    """Load the model, try it on a few real images, choose the engine, and write what the run is."""
+def load_model(settings: Settings) -> Classifier:
+    """The network of a new run: before shards are counted, so that a mistyped name is told at once. Raises BadRequest."""
     say(f"loading {printable(settings.model)}")
+    from pipeline import models
+
+    if settings.precision == "tf32" and cluster.device_for(settings.device, settings.address) == "cpu":
+        raise BadRequest("--precision: tf32 exists on CUDA GPUs alone; use fp32")
+    return models.load(settings.model, settings.weights, settings.preprocess)
+
+
+def begin(store: Store, settings: Settings, source: Source, census: Census, classifier: Classifier) -> Manifest:
+    """Try the network on a few real images, choose the engine, and write what the run is."""
     from pipeline import models
     from pipeline.saliency import check_network, choose_engine
 
     device = cluster.device_for(settings.device, settings.address)
-    precision = settings.precision or "fp32"
-    if precision == "tf32" and device == "cpu":
-        raise BadRequest("--precision: tf32 exists on CUDA GPUs alone; use fp32")
-    classifier = models.load(settings.model, settings.weights, settings.preprocess)
     layers = FilterLayout.of(classifier.network)
     images = trial_images(source, census, classifier.preprocessing)
     classes = check_network(classifier.network, images)
@@ -202,7 +213,7 @@ def begin(store: Store, settings: Settings, source: Source, census: Census) -> M
     names = classifier.class_names if classifier.class_names and len(classifier.class_names) == classes else None
     manifest = Manifest(
         model=settings.model, weights_sha256=classifier.weights_sha256, layers=layers, preprocessing=classifier.preprocessing, aggregation=settings.aggregation,
-        precision=precision, engine=engine, batch_size=settings.batch_size or default_batch(device, images.shape[-2] * images.shape[-1]), threads=cluster.threads_of_an_engine(),
+        precision=settings.precision or "fp32", engine=engine, batch_size=settings.batch_size or default_batch(device, images.shape[-2] * images.shape[-1]), threads=cluster.threads_of_an_engine(),
         unit_samples=MOST if device == "cuda" else MOST // 4, classes=classes, class_names=names, import_root=os.getcwd() if ":" in settings.model else None,
         versions={name: _version(name) for name in ("faultline", "torch", "torchvision", "ray", "pyarrow", "numpy", "pillow")}, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )  # fmt: skip

@@ -261,6 +261,11 @@ def test_nothing_but_bad_samples_is_refused(tmp_path):
 # ---- requests that are wrong ---------------------------------------------------------------------------------------
 
 
+def test_a_mistyped_model_is_told_before_any_shard_is_counted(mine):
+    ended = mine.extract("val", model="resnet5o")
+    assert "resnet50" in ended.refused() and "counting" not in ended.err
+
+
 @pytest.mark.parametrize(
     "model, says",
     [
