@@ -37,6 +37,27 @@ def demo(run: RunOption = Path("runs/demo")) -> None:
 
 
 @app.command()
+def check(
+    source: Annotated[str, typer.Option(help="As of extract.")],
+    model: Annotated[str, typer.Option(help="As of extract.")],
+    weights: Annotated[Optional[str], typer.Option(help="As of extract.")] = None,
+    preprocess: Annotated[Optional[str], typer.Option(help="As of extract.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: a GPU if there is one.")] = None,
+    devkit: Annotated[Optional[str], typer.Option(help="ILSVRC2012_devkit_t12, the folder or its tar.gz, to look for labels in the devkit's order. Default: the one in or beside the source.")] = None,
+    format: Annotated[str, typer.Option("--format", help="table or json, on stdout.")] = "table",
+) -> None:
+    """The doctor, before hours are spent: labels, preprocessing, top-1 against what the weights promise, and what a run would cost. Exit code 2 if it would be garbage."""
+    from jobs import output
+    from jobs.check import check as job
+
+    output.check_format(format, ("table", "json"))
+    report = job(source, model, weights, preprocess, device, devkit)
+    output.check(report, format)
+    if report.faults:
+        raise BadRequest(f"--source: {report.faults[0]}")
+
+
+@app.command()
 def extract(
     run: RunOption,
     dataset: Annotated[str, typer.Option(help="What this data set is called in the run, for example val.")],
@@ -55,12 +76,13 @@ def extract(
     max_rejects: Annotated[Optional[int], typer.Option(help="More samples set aside than this end in exit code 3. Default: 1% of the samples.")] = None,
     address: Annotated[Optional[str], typer.Option(help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")] = None,
     devkit: Annotated[Optional[str], typer.Option(help="ILSVRC2012_devkit_t12, the folder or its tar.gz, for ImageNet's flat validation folder. Default: the one in or beside it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on although the check of a few samples says that the result would be garbage.")] = False,
 ) -> None:
     """Shards to filter saliency profiles. The same command again resumes, and is free when all is there."""
     from jobs.extract import Settings, extract as job
 
     bounds = _actors(actors)
-    result = job(Settings(run, dataset, source, model, weights, preprocess, engine, precision, aggregation, batch_size, device, bounds, max_samples, shards, max_rejects, address, devkit))
+    result = job(Settings(run, dataset, source, model, weights, preprocess, engine, precision, aggregation, batch_size, device, bounds, max_samples, shards, max_rejects, address, devkit, force))
     p = result.progress
     done = "nothing to do" if not result.units_run else f"{result.units_run} unit{'s' * (result.units_run != 1)}"
     say(f"{dataset}: {p.done:,} profiles, {p.rejected:,} set aside, top-1 {result.top1:.4f}, {result.errors:,} misclassified ({done})")
@@ -151,7 +173,7 @@ def query(
     from index import Run
     from jobs import output
 
-    output.check(format)
+    output.check_format(format)
     if gallery:
         from jobs.figures import check_gallery
 
@@ -185,7 +207,7 @@ def neighbors(
     from index import Run
     from jobs import neighbors as job, output
 
-    output.check(format, ("table", "json"))
+    output.check_format(format, ("table", "json"))
     opened = Run.open(run)
     asked = job.neighbors(opened, source, within, k, out, layers, name, everyone)
     say(f"{printable(out)}: neighbours of {asked:,} images")
@@ -199,7 +221,7 @@ def status(run: RunOption, format: Annotated[str, typer.Option("--format", help=
     from index import Run
     from jobs import output
 
-    output.check(format, ("table", "json"))
+    output.check_format(format, ("table", "json"))
     output.status({name: p.__dict__ for name, p in Run.open(run).status().items()}, format)
 
 

@@ -56,7 +56,19 @@ def device_for(asked: str | None, address: str | None) -> str:
 
 def threads_of_an_engine() -> int:
     """Threads of one CPU engine on this machine, for a new run."""
-    return max(1, min(ENGINE_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    return max(1, min(ENGINE_THREADS, cpus_here()))
+
+
+def cpus_here() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def engines_here(device: str, threads: int) -> int:
+    """Engines that a job has on this machine by default."""
+    import torch
+
+    return torch.cuda.device_count() if device == "cuda" else max(1, cpus_here() // max(ENGINE_THREADS, threads))
 
 
 def cpus_of_an_engine(threads: int, engines: int, cpus: int) -> float:

@@ -9,22 +9,17 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import cluster
+from jobs import begin, cluster
 from jobs.progress import ProgressBar, say
 from pipeline.errors import BadRequest, Stopped, printable
-from pipeline.filters import FilterLayout
 from pipeline.manifest import Manifest
-from pipeline.samples import Preprocessing, decode
 from pipeline.sources import Shard, Source, open_source
 from pipeline.statistics import IMPORTED, Reference
 from pipeline.store import Census, Progress, Store
@@ -36,7 +31,6 @@ if TYPE_CHECKING:  # torch is loaded for new runs alone
 
 DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 ENGINES, PRECISIONS, AGGREGATIONS = ("auto", "fused", "vmap"), ("fp32", "tf32", "bf16"), ("abs", "signed")
-TRIAL = 3  # images on which an engine is chosen
 ATTEMPTS = 3  # times a unit may fail or kill its worker before it is bisected
 
 
@@ -61,6 +55,7 @@ class Settings:
     max_rejects: int | None = None
     address: str | None = None
     devkit: str | None = None
+    force: bool = False
 
     def check(self) -> None:
         """Raises BadRequest with every fault of the settings together."""
@@ -108,15 +103,33 @@ def extract(settings: Settings) -> Outcome:
     for line in source.advice(names):
         say(line)
     manifest = matching(store, settings)
-    classifier = None if manifest else load_model(settings)
+    classifier = None if manifest else begin.load_model(settings.model, settings.weights, settings.preprocess, settings.precision, settings.device, settings.address)
     census = take_census(store, settings, source, names)
-    manifest = manifest or begin(store, settings, source, census, classifier)
+    if manifest is None or not store.committed(settings.dataset):
+        manifest = admitted(store, settings, source, census, manifest, classifier)
     with only_writer(store, settings.dataset):
         store.write_census(settings.dataset, census)
         store.sweep(settings.dataset)
         todo = store.todo(settings.dataset, manifest.unit_samples)
         units_run = run_units(store, settings, manifest, census, todo) if todo else 0
     return outcome(store, settings, units_run)
+
+
+def admitted(store: Store, settings: Settings, source: Source, census: Census, manifest: Manifest | None, classifier: Classifier | None) -> Manifest:
+    """A few samples decide what a new run is, and whether a new data set is worth its hours. Raises BadRequest, and then nothing is written."""
+    from pipeline import models
+    from pipeline.doctor import look
+
+    seen = look(source, census.asked, begin.LOOK, manifest.preprocessing if manifest else classifier.preprocessing)
+    if manifest:
+        models.reach(manifest.import_root)
+        begin.admit(seen, models.restore(manifest.model, store.run / "weights.safetensors"), manifest, settings.force)
+        return manifest
+    device = cluster.device_for(settings.device, settings.address)
+    new = begin.describe(seen, classifier, settings.model, settings.engine, settings.precision, settings.aggregation, settings.batch_size, device)
+    begin.admit(seen, classifier.network, new, settings.force)
+    begin.write(store, new, classifier.network)
+    return new
 
 
 def refuse_imported(store: Store, dataset: str) -> None:
@@ -187,68 +200,6 @@ def _is_same_file(weights: str | None, digest: str) -> bool:
         return False
     with open(weights, "rb") as file:
         return file_digest(file, "sha256").hexdigest() == digest
-
-
-def load_model(settings: Settings) -> Classifier:
-    """The network of a new run: before shards are counted, so that a mistyped name is told at once. Raises BadRequest."""
-    say(f"loading {printable(settings.model)}")
-    from pipeline import models
-
-    if settings.precision == "tf32" and cluster.device_for(settings.device, settings.address) == "cpu":
-        raise BadRequest("--precision: tf32 exists on CUDA GPUs alone; use fp32")
-    return models.load(settings.model, settings.weights, settings.preprocess)
-
-
-def begin(store: Store, settings: Settings, source: Source, census: Census, classifier: Classifier) -> Manifest:
-    """Try the network on a few real images, choose the engine, and write what the run is."""
-    from pipeline import models
-    from pipeline.saliency import check_network, choose_engine
-
-    device = cluster.device_for(settings.device, settings.address)
-    layers = FilterLayout.of(classifier.network)
-    images = trial_images(source, census, classifier.preprocessing)
-    classes = check_network(classifier.network, images)
-    engine, reason = (settings.engine, "as asked") if settings.engine != "auto" else choose_engine(classifier.network, images)
-    say(f"engine: {engine} ({reason}); {layers.total:,} filters in {len(layers.layers)} layers, {classes} classes")
-    names = classifier.class_names if classifier.class_names and len(classifier.class_names) == classes else None
-    manifest = Manifest(
-        model=settings.model, weights_sha256=classifier.weights_sha256, layers=layers, preprocessing=classifier.preprocessing, aggregation=settings.aggregation,
-        precision=settings.precision or "fp32", engine=engine, batch_size=settings.batch_size or default_batch(device, images.shape[-2] * images.shape[-1]), threads=cluster.threads_of_an_engine(),
-        unit_samples=MOST if device == "cuda" else MOST // 4, classes=classes, class_names=names, import_root=os.getcwd() if ":" in settings.model else None,
-        versions={name: _version(name) for name in ("faultline", "torch", "torchvision", "ray", "pyarrow", "numpy", "pillow")}, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    )  # fmt: skip
-    try:
-        store.run.mkdir(parents=True, exist_ok=True)
-        models.save_weights(classifier.network, store.run / "weights.safetensors")
-        manifest.write(store.run)
-    except OSError as fault:
-        raise BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)}); choose another folder") from None
-    return manifest
-
-
-def default_batch(device: str, pixels: int) -> int:
-    """Images of one forward. On a CPU more than these only leave the cache: measured fastest for photographs and for small images."""
-    if device == "cuda":
-        return 128
-    return 8 if pixels > 96 * 96 else 32
-
-
-def trial_images(source: Source, census: Census, preprocessing: Preprocessing):
-    """float32 [1..3, 3, H, W]: the first images of the data set that can be decoded and share a shape."""
-    import numpy as np
-    import torch
-
-    pixels: list[np.ndarray] = []
-    for shard in census.asked:
-        for raw in islice(source.read(shard.marks_for(0, shard.samples), shard.name, 0, shard.samples), 64):
-            sample = decode(replace(raw, label=0, fault=None if raw.image else raw.fault), preprocessing, 1)
-            if sample.pixels is not None and all(p.shape == sample.pixels.shape for p in pixels):
-                pixels.append(sample.pixels)
-            if len(pixels) == TRIAL:
-                break
-        if pixels:
-            return preprocessing.normalise(torch.from_numpy(np.stack(pixels)))
-    raise BadRequest(f"--source: none of the first images of {printable(census.spec)} can be decoded; are these images?")
 
 
 @contextmanager
@@ -330,9 +281,3 @@ def outcome(store: Store, settings: Settings, units_run: int) -> Outcome:
     allowed = settings.max_rejects if settings.max_rejects is not None else progress.samples // 100
     return Outcome(progress, 1 - errors / progress.done if progress.done else 0.0, errors, allowed, units_run)
 
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

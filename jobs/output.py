@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from jobs.progress import duration
 from pipeline.errors import BadRequest, printable
+
+if TYPE_CHECKING:
+    from jobs.check import Report
 
 FORMATS = ("table", "json", "parquet")
 
 
-def check(format: str, known: tuple[str, ...] = FORMATS) -> None:
+def check_format(format: str, known: tuple[str, ...] = FORMATS) -> None:
     """Raises BadRequest for a format that the verb does not have, or Parquet onto a terminal."""
     if format not in known:
         raise BadRequest(f"--format: '{printable(format)}' is not one of {', '.join(known)}")
@@ -60,14 +66,43 @@ def record(values: dict, format: str) -> None:
         table(["figure", "value"], [[key, f"{value:.4f}" if isinstance(value, float) else f"{value:,}"] for key, value in values.items()])
 
 
-def table(head: list[str], rows: list[list]) -> None:
+def check(report: Report, format: str) -> None:
+    """What the doctor found."""
+    r = report
+    if format == "json":
+        _json(asdict(r) | {"verdict": r.verdict})
+        return
+    about = f"{'' if r.samples_exact else 'about '}{r.samples:,} samples{'' if r.samples_exact else ' (estimated from the shards that there was time to count)'}"
+    promise = f"; the weights promise {r.promised:.3f}" if r.promised is not None else "; nobody promises anything for these weights"
+    undone = [["explained by", f"{r.mistake}: {r.top1_undone:.3f} with that undone"]] if r.mistake else []
+    rows = [
+        ["source", f"{r.kind}, {r.shards:,} shard{'s' * (r.shards != 1)}, {about}"],
+        ["labels", f"{r.label_range[0]}..{r.label_range[1]}, {r.labels_seen:,} of {r.classes:,} classes seen; class order {r.class_order}"],
+        ["network", f"{r.filters:,} filters in {r.layers} layers, engine {r.engine} on {r.device}"],
+        ["top-1", f"{r.top1:.3f} ({r.top1_low:.3f} to {r.top1_high:.3f}) on {r.seen} images spread over the source{promise}"],
+        *undone,
+        ["cost", f"{r.images_per_s:,.1f} images/s on this machine: {duration(3600 * r.hours)} and {_size(r.bytes)} for all"],
+        *(["warning", line] for line in r.warnings),
+        *(["fault", line] for fault in r.faults for line in fault.splitlines()),
+        ["verdict", r.verdict],
+    ]
+    table(None, rows)
+
+
+def _size(count: float) -> str:
+    """`14 MB`."""
+    unit, size = next(((u, s) for u, s in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if count >= s), ("kB", 1e3))
+    return f"{count / size:.3g} {unit}"
+
+
+def table(head: list[str] | None, rows: list[list]) -> None:
     """A plain table, as wide as its content where stdout is no terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    out = Table(box=None, pad_edge=False, header_style="bold")
-    for name in head:
+    out = Table(box=None, pad_edge=False, header_style="bold", show_header=head is not None)
+    for name in head or [""] * len(rows[0]):
         out.add_column(name, overflow="fold")
     for row in rows:
         out.add_row(*(Text(printable(cell)) for cell in row))

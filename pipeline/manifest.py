@@ -16,7 +16,8 @@ from pipeline.samples import Preprocessing
 @dataclass(frozen=True)
 class Manifest:
     """Everything that decides the bits of a run's vectors, then who made it. `batch_size` and `threads` (of one engine) belong
-    to the run, not to the machine that resumes it; `import_root` is where a `module:factory` was found."""
+    to the run, not to the machine that resumes it; `import_root` is where a `module:factory` was found; `promised_top1` what the weights
+    are published with (0..1), None where nobody says."""
 
     model: str
     weights_sha256: str
@@ -33,6 +34,7 @@ class Manifest:
     import_root: str | None
     versions: dict[str, str]
     created: str
+    promised_top1: float | None = None
 
     @property
     def fingerprint(self) -> str:

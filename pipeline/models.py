@@ -28,16 +28,19 @@ OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchv
 @dataclass(frozen=True)
 class Classifier:
     """network: eval mode, float32, parameters frozen, on the CPU. `weights_sha256`: of the weights file, or of the
-    weights themselves where a factory brought them."""
+    weights themselves where a factory brought them. `promised`: top-1 (0..1) on ImageNet val that they are published with, or None;
+    a file for a torchvision name counts as IMAGENET1K_V1."""
 
     network: torch.nn.Module
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     weights_sha256: str
+    promised: float | None = None
 
 
 def load(model: str, weights: str | None, preprocess: str | None) -> Classifier:
     """The classifier that the command line names. Raises BadRequest for an unknown name, unusable weights, or missing preprocessing."""
+    promised = None
     if model in cifar.NETWORKS:
         network, state, digest = cifar.NETWORKS[model](), *_need_file(model, weights)
         base, names = PRESETS["cifar"], cifar.CLASSES
@@ -50,14 +53,14 @@ def load(model: str, weights: str | None, preprocess: str | None) -> Classifier:
     else:
         network = build(model)
         entry, state, digest = _torchvision_weights(model, weights)
-        base, names = _torchvision_preprocessing(entry), tuple(entry.meta["categories"])
+        base, names, promised = _torchvision_preprocessing(entry), tuple(entry.meta["categories"]), _promised(entry)
     if state is not None:
         fit(network, state, model)
     else:
         digest = digest_of(network)
     network.float().eval().requires_grad_(False)
     _check_finite(network, weights or model)
-    return Classifier(network, Preprocessing.parse(preprocess or "", base), names, digest)
+    return Classifier(network, Preprocessing.parse(preprocess or "", base), names, digest, promised)
 
 
 def build(model: str) -> torch.nn.Module:
@@ -190,6 +193,12 @@ def _torchvision_weights(model: str, weights: str | None):
 def _torchvision_preprocessing(entry) -> Preprocessing:
     recipe = entry.transforms()
     return Preprocessing(recipe.resize_size[0], recipe.crop_size[0], recipe.interpolation.value, tuple(recipe.mean), tuple(recipe.std))
+
+
+def _promised(entry) -> float | None:
+    """Top-1 of published weights on ImageNet val, 0..1."""
+    percent = entry.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
+    return percent / 100 if percent else None
 
 
 def _check_finite(network: torch.nn.Module, origin: str) -> None:

@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"pipeline.errors", "pipeline.cifar"},
+    {"pipeline.errors", "pipeline.cifar", "pipeline.wnids"},
     {"pipeline.sources"},
     {"pipeline.samples"},
     {"pipeline.filters"},
     {"pipeline.models", "pipeline.saliency", "pipeline.statistics"},
     {"pipeline.manifest", "pipeline.units"},
-    {"pipeline.store"},
+    {"pipeline.store", "pipeline.doctor"},
     {"pipeline.profiler"},
     {"pipeline.worker"},
 ]  # each may import those above it, and modules of its own room (sources, saliency)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob, has_magic
+from itertools import groupby
 from typing import Protocol
 
 from pipeline.errors import BadRequest, printable
@@ -57,12 +58,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as the source has it: encoded image bytes and label, or the `fault` that keeps it from being used."""
+    """One sample as the source has it: encoded image bytes and label, or the `fault` that keeps it from being used.
+
+    `folder`: the class folder that it lies in, where the kind has some.
+    """
 
     sample_id: str
     image: bytes = b""
     label: int = -1
     fault: str | None = None
+    folder: str = field(default="", compare=False)
 
 
 class Source(Protocol):
@@ -70,6 +75,7 @@ class Source(Protocol):
 
     kind: str
     root: str
+    together = 1  # samples that a single access gives at the price of one, where their neighbours are of other classes
 
     def census(self, name: str) -> Shard:
         """Count a shard's samples without decoding. Raises BadRequest naming the file if it cannot be read to its end."""
@@ -77,9 +83,30 @@ class Source(Protocol):
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
         """Samples [start, stop) of a shard. Raises OSError or BadRequest if the shard is not what the census saw."""
 
+    def pick(self, shard: Shard, wanted: int) -> Iterator[RawSample]:
+        """About `wanted` samples spread evenly over a shard, without reading all of it where its kind allows that. Raises as `read` does."""
+        chosen = spread(shard.samples, wanted, self.together)
+        if len(shard.marks) == 1:  # it can be read from its beginning alone
+            among = set(chosen)
+            yield from (raw for at, raw in enumerate(self.read(shard.marks, shard.name, 0, chosen[-1] + 1 if chosen else 0)) if at in among)
+            return
+        for _, run in groupby(enumerate(chosen), lambda pair: pair[1] - pair[0]):  # positions without a gap
+            places = [at for _, at in run]
+            start, stop = places[0], places[-1] + 1
+            yield from self.read(shard.marks_for(start, stop), shard.name, start, stop)
+
     def advice(self, names: list[str]) -> list[str]:
         """Lines that a user should see before hours are spent on these shards."""
         return []
+
+
+def spread(samples: int, wanted: int, together: int) -> list[int]:
+    """About `wanted` of the positions 0 to `samples` - 1, ascending: runs of `together`, their middles evenly apart; all where there are no more."""
+    if wanted >= samples:
+        return list(range(samples))
+    runs = max(1, round(wanted / together))
+    starts = (min(samples - together, max(0, int((i + 0.5) * samples / runs) - together // 2)) for i in range(runs))
+    return sorted({at for start in starts for at in range(max(0, start), min(samples, start + together))})
 
 
 def open_source(spec: str, devkit: str | None = None) -> tuple[Source, list[str]]:

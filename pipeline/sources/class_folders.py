@@ -73,7 +73,7 @@ class ClassFolders(Source):
                 raise BadRequest(f"{printable(os.path.join(self.root, folder))} holds other files than when the run began: put them back, or begin another run")
             for path in images:
                 if start <= position < stop:
-                    yield RawSample(sample_id_of(path), Path(self.root, path).read_bytes(), label)
+                    yield RawSample(sample_id_of(path), Path(self.root, path).read_bytes(), label, folder=folder)
                 position += 1
 
 

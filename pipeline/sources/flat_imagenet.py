@@ -37,6 +37,7 @@ class FlatImageNet(Source):
     root: str
     devkit: str | None = None
     kind: ClassVar[str] = "flat ImageNet"
+    together: ClassVar[int] = 4  # the folder is listed for each access
 
     @classmethod
     def find(cls, folder: str, devkit: str | None) -> tuple[FlatImageNet, list[str]] | None:
@@ -86,6 +87,20 @@ class FlatImageNet(Source):
             raise BadRequest(f"{printable(where)}: {TRUTH} and {META} do not belong together ({printable(fault)} is no ILSVRC2012_ID of a leaf): fetch {DEVKIT}.tar.gz again") from None
 
 
+def devkit_at(root: str, given: str | None) -> dict[int, str] | None:
+    """ILSVRC2012_ID -> WordNet ID from the devkit that is named, or lies in or beside `root`; None where there is none. Raises BadRequest for a bad one."""
+    if given is None and _beside(root) is None:
+        return None
+    where, _, meta = _devkit_files(root, given)
+    return _leaves(where, meta)
+
+
+def _beside(root: str) -> str | None:
+    """The devkit in a folder or beside it."""
+    at = (os.path.join(folder, DEVKIT + suffix) for folder in (root, os.path.dirname(root)) for suffix in ("", ".tar.gz", ".tgz", ".tar"))
+    return next(filter(os.path.exists, at), None)
+
+
 def _leaves(where: str, meta: bytes) -> dict[int, str]:
     """ILSVRC2012_ID -> WordNet ID of the synsets without children. Raises BadRequest for a meta.mat that is not the devkit's."""
     from scipy.io import loadmat
@@ -103,9 +118,8 @@ def _leaves(where: str, meta: bytes) -> dict[int, str]:
 
 def _devkit_files(root: str, given: str | None) -> tuple[str, bytes, bytes]:
     """(where they lie, ground truth, meta.mat) from the first devkit there is. Raises BadRequest saying where it was looked for."""
-    at = [os.path.expanduser(given)] if given else [os.path.join(folder, DEVKIT + suffix) for folder in (root, os.path.dirname(root)) for suffix in ("", ".tar.gz", ".tgz", ".tar")]
-    path = next(filter(os.path.exists, at), None)
-    if path is None:
+    path = _beside(root) if given is None else os.path.expanduser(given)
+    if path is None or not os.path.exists(path):
         option = "--devkit" if given else "--source"
         raise BadRequest(
             f"{option}: there is no {printable(given)}; name the folder {DEVKIT} or its tar.gz" if given else

@@ -33,6 +33,7 @@ class HuggingFaceParquet(Source):
 
     root: str
     kind: ClassVar[str] = "parquet"
+    together: ClassVar[int] = ROWS
 
     @classmethod
     def find(cls, root: str, names: list[str]) -> tuple[HuggingFaceParquet, list[str]]:

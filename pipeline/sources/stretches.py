@@ -73,6 +73,7 @@ class Stretches(Source, ABC):
 
     root: str
     kind = "rows"
+    together = 16  # a stretch is read whole
 
     @abstractmethod
     def opened(self, path: str) -> AbstractContextManager[Rows]:

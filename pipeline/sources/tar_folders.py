@@ -73,7 +73,7 @@ class TarFolders(Source):
             elif member.size > MOST_BYTES:
                 yield RawSample(sample_id, fault=f"larger than {MOST_BYTES >> 20} MiB")
             else:
-                yield RawSample(sample_id, group.contents[member.offset], labels[parts[0]])
+                yield RawSample(sample_id, group.contents[member.offset], labels[parts[0]], folder=parts[0])
 
     def advice(self, names: list[str]) -> list[str]:
         shard = self.census(names[0]) if not is_gzip(names[0]) else None

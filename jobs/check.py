@@ -1,0 +1,158 @@
+"""`faultline check`: the doctor, before hours are spent. A few hundred samples tell whether a run would be worth its hours, and how many those are."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from jobs import begin, cluster
+from jobs.progress import ProgressBar, say
+from pipeline.errors import BadRequest, printable
+from pipeline.sources import Shard, Source, open_source
+
+if TYPE_CHECKING:  # torch is loaded where it is needed
+    import torch
+
+    from pipeline.doctor import Diagnosis, Look
+    from pipeline.manifest import Manifest
+
+LOOK = 400  # samples
+COUNTING = 30.0  # seconds after which the rest of the shards are estimated
+TIMING = 4.0  # seconds that the engine is timed for
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Shards that were counted, all of them if there was time; `samples` of the whole source, exact then, otherwise estimated by bytes."""
+
+    shards: list[Shard]
+    of: int
+    samples: int
+
+    @property
+    def exact(self) -> bool:
+        return len(self.shards) == self.of
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found. images_per_s: of a whole run on this machine; hours and bytes: of a run over all samples."""
+
+    kind: str
+    shards: int
+    samples: int
+    samples_exact: bool
+    label_range: tuple[int, int]
+    labels_seen: int
+    classes: int
+    class_order: str
+    filters: int
+    layers: int
+    engine: str
+    device: str
+    seen: int
+    top1: float
+    top1_low: float
+    top1_high: float
+    promised: float | None
+    mistake: str | None
+    top1_undone: float | None
+    images_per_s: float
+    hours: float
+    bytes: int
+    faults: list[str]
+    warnings: list[str]
+
+    @property
+    def verdict(self) -> str:
+        return "a run would be garbage" if self.faults else "ready, with warnings" if self.warnings else "ready"
+
+
+def check(spec: str, model: str, weights: str | None = None, preprocess: str | None = None, device: str | None = None, devkit: str | None = None) -> Report:
+    """Look at a source with a network's eyes. Raises BadRequest for what cannot even be looked at."""
+    from pipeline import doctor
+    from pipeline.sources.flat_imagenet import FlatImageNet, devkit_at
+
+    source, names = open_source(spec)
+    if isinstance(source, FlatImageNet):
+        source = replace(source, devkit=devkit)
+    order = devkit_at(source.root, devkit)
+    warnings = source.advice(names)
+    device = cluster.device_for(device, "local")
+    classifier = begin.load_model(model, weights, preprocess, None, device)
+    counted = count(source, names, COUNTING)
+    if not counted.samples:
+        raise BadRequest(f"--source: {printable(spec)} holds no sample")
+    start = time.monotonic()
+    seen = doctor.look(source, counted.shards, LOOK, classifier.preprocessing)
+    decoding = (time.monotonic() - start) / max(1, len(seen.samples))
+    manifest = begin.describe(seen, classifier, model, "auto", None, "abs", None, device)
+    say(f"classifying {len(seen.samples)} images")
+    found = begin.examine(seen, classifier.network, manifest, order)
+    rate, row_bytes = cost(seen, classifier.network, manifest, device, decoding)
+    labels = [s.label for s in seen.samples]
+    return Report(
+        source.kind, len(names), counted.samples, counted.exact, (min(labels), max(labels)), len(set(labels)), manifest.classes, _order(found), manifest.layers.total, len(manifest.layers.layers),
+        manifest.engine, device, found.seen, found.top1, found.low, found.high, found.promised, found.mistake.name if found.mistake else None, found.undone,
+        rate, counted.samples / rate / 3600, int(counted.samples * row_bytes), [*found.faults, *found.doubts], [*warnings, *found.warnings],
+    )  # fmt: skip
+
+
+def count(source: Source, names: list[str], seconds: float) -> Counted:
+    """Count shards, spread over the list, for as long as there is time. Raises BadRequest naming the first that is damaged."""
+    deadline = time.monotonic() + seconds
+    order = sorted(range(len(names)), key=lambda i: i * 0.6180339887 % 1)  # any first part of it is spread over the whole
+    done: dict[int, Shard] = {}
+    with ThreadPoolExecutor(min(16, len(names))) as pool, ProgressBar("counting shards", len(names), unit="shards") as bar:
+        waiting = {pool.submit(source.census, names[i]): i for i in order}
+        for future in as_completed(waiting):
+            if not future.cancelled():
+                done[waiting[future]] = future.result()
+                bar.advance(1)
+            if time.monotonic() > deadline:
+                for other in waiting:
+                    other.cancel()
+    shards = [done[i] for i in sorted(done)]
+    samples = sum(shard.samples for shard in shards)
+    if len(done) < len(names):
+        samples = round(samples * _bytes(source.root, names) / max(1, _bytes(source.root, (names[i] for i in done))))
+    return Counted(shards, len(names), samples)
+
+
+def _bytes(root: str, names: Iterable[str]) -> int:
+    return sum(os.path.getsize(os.path.join(root, name)) for name in names)
+
+
+def cost(seen: Look, network: torch.nn.Module, manifest: Manifest, device: str, decoding: float) -> tuple[float, float]:
+    """(images a second of a whole run on this machine, bytes of a profile), both measured on the samples of a look; `decoding`: seconds an image on one CPU."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline.profiler import Profiler
+
+    profiler = Profiler(manifest, network, device)
+    samples = [s for s in seen.samples if 0 <= s.label < manifest.classes and s.pixels.shape == seen.samples[0].pixels.shape] or [replace(s, label=0) for s in seen.samples[:1]]
+    batches = [samples[i : i + manifest.batch_size] for i in range(0, len(samples), manifest.batch_size)]
+    profiler.profile(batches[0], "", 0)  # the first is slower
+    written, images, start = 0, 0, time.monotonic()
+    for batch in batches:
+        table, _ = profiler.profile(batch, "", 0)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        written, images = written + sink.tell(), images + len(batch)
+        if time.monotonic() - start > TIMING:
+            break
+    engine = (time.monotonic() - start) / images
+    cpus = cluster.cpus_here()
+    engines = cluster.engines_here(device, manifest.threads)
+    seconds = max(engine / engines, decoding / cpus) if device == "cuda" else engine / engines + decoding / cpus
+    return 1 / seconds, written / images
+
+
+def _order(found: Diagnosis) -> str:
+    """Whether labels follow the WordNet IDs, in a word."""
+    return {None: "not known", True: "follows the WordNet IDs", False: "differs from the WordNet IDs"}[found.order]

@@ -1,0 +1,251 @@
+"""Before hours are spent: does the network know these images by these labels, and if not, which of the usual mistakes explains it?
+
+A few samples spread over a data set are classified. Where that goes worse than it should, each mistake that people make with labels and
+pixels is undone in turn; one is believed only if undoing it makes the network right on clearly more of the same images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from pipeline.errors import printable
+from pipeline.samples import PRESETS, Preprocessing, Sample, decode
+from pipeline.sources import Shard, Source
+from pipeline.wnids import IDS, LABEL, wnid_in
+
+SURE = 1e-3  # p under which a mistake is believed to be there: about ten things are tried
+GAIN = 0.03  # and what undoing it must gain in top-1 at least
+CHANCE = 0.01  # p above which a network is no better than chance
+FEW = 24  # samples below which nothing is said about top-1
+HOLDOUT = "the method needs images held out from training, where errors mean something"
+_TRAINING = re.compile(r"(?:.*/)?n\d{8}_\d+$")  # n01440764_10026; validation images are called otherwise
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of a data set. `samples` could be decoded and have the source's label, even one that the network does not have;
+    `folders`: the class folder of each, or ""; `reasons`: why others could not be."""
+
+    samples: list[Sample]
+    folders: list[str]
+    reasons: list[str]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [N], as the source has them."""
+        return np.array([s.label for s in self.samples], np.int64)
+
+    @property
+    def order(self) -> np.ndarray:
+        """int64 [N]: what ImageNet-1k calls the WordNet ID that a sample's folder or ID carries; -1 where there is none."""
+        return np.array([LABEL.get(wnid_in(folder, s.sample_id) or "", -1) for folder, s in zip(self.folders, self.samples)], np.int64)
+
+
+def look(source: Source, shards: Iterable[Shard], wanted: int, preprocessing: Preprocessing) -> Look:
+    """About `wanted` samples spread over `shards`. Raises OSError or BadRequest as the reader does."""
+    shards = [s for s in shards if s.samples]
+    if len(shards) > wanted:
+        shards = [shards[i * len(shards) // wanted] for i in range(wanted)]
+    seen = Look([], [], [])
+    for i, shard in enumerate(shards):
+        for raw in source.pick(shard, wanted * (i + 1) // len(shards) - wanted * i // len(shards)):
+            sample = decode(replace(raw, label=0), preprocessing, 1)
+            if sample.reason:
+                seen.reasons.append(sample.reason)
+            else:
+                seen.samples.append(replace(sample, label=raw.label))
+                seen.folders.append(raw.folder)
+    return seen
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One of the usual mistakes. `text`: what it is; `remedy`: what to do; `labels` int64 [N] or (preprocessing, colours reversed): what undoes it."""
+
+    name: str
+    text: str
+    remedy: str
+    labels: np.ndarray | None = None
+    preprocessing: Preprocessing | None = None
+    reverse: bool = False
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found. `correct` of `seen` samples, `low` to `high` the 95% interval of top-1 (Wilson); `promised`: what the weights promise, or None.
+
+    `order`: whether labels follow the WordNet IDs that the source carries, None where it carries none. `faults`: why a run would be
+    garbage; `doubts`: why it may be; `warnings`: what else should be known. `mistake`: the one that explains it, and `undone` its top-1.
+    """
+
+    seen: int
+    correct: int
+    low: float
+    high: float
+    promised: float | None
+    confidence: float
+    loss: float
+    order: bool | None
+    mistake: Mistake | None = None
+    undone: float | None = None
+    faults: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def top1(self) -> float:
+        return self.correct / self.seen if self.seen else 0.0
+
+
+def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, classes: int, promised: float | None, devkit: dict[int, str] | None = None, device: str = "cpu", batch: int = 8) -> Diagnosis:
+    """What top-1 on the samples of a look says about labels and preprocessing.
+
+    network: eval mode, on `device`; classes: C; promised: top-1 that the weights are known for, 0..1; devkit: ILSVRC2012_ID -> WordNet ID.
+    Mistakes in the pixels, which cost a forward each, are looked for where top-1 is below the promise, or where there is none.
+    """
+    labels, order = seen.labels, seen.order if classes == len(IDS) else np.full(len(seen.samples), -1)
+
+    def logits(recipe: Preprocessing = preprocessing, reverse: bool = False) -> torch.Tensor:
+        return _classify(network, recipe, [s.pixels for s in seen.samples], reverse, device, batch)
+
+    as_is = logits()
+    right = as_is.argmax(1).numpy() == labels
+    low, high = interval(int(right.sum()), len(right))
+    inside = (labels >= 0) & (labels < classes)
+    losses = torch.nn.functional.cross_entropy(as_is[inside], torch.from_numpy(labels[inside]), reduction="none") if inside.any() else torch.zeros(1)
+    known = order >= 0
+    found = Diagnosis(
+        len(right), int(right.sum()), low, high, promised, float(as_is.softmax(1).amax(1).mean()) if len(right) else 0.0, float(losses.median()),
+        bool((order[known] == labels[known]).all()) if known.any() else None,
+    )  # fmt: skip
+    _look_at_samples(found, seen, labels, classes)
+    if len(right) < FEW:
+        found.warnings.append(f"only {len(right)} samples could be looked at: nothing is said about top-1")
+        return found
+    found = _explained(found, right, ((m, as_is.argmax(1).numpy() == m.labels) for m in label_mistakes(labels, order, classes, devkit)))
+    if not found.mistake and (promised is None or high < promised):
+        found = _explained(found, right, ((m, logits(m.preprocessing, m.reverse).argmax(1).numpy() == labels) for m in pixel_mistakes(preprocessing)))
+    _judge(found, right, as_is, classes)
+    return found
+
+
+def interval(correct: int, seen: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson)."""
+    from scipy.stats import binomtest
+
+    if not seen:
+        return 0.0, 1.0
+    bounds = binomtest(correct, seen).proportion_ci(0.95, "wilson")
+    return float(bounds.low), float(bounds.high)
+
+
+def label_mistakes(labels: np.ndarray, order: np.ndarray, classes: int, devkit: dict[int, str] | None) -> list[Mistake]:
+    """Ways in which labels int64 [N] may be wrong, each with the labels that would then be right (-1: it says nothing about this sample)."""
+    as_text = np.array(sorted(range(classes), key=str), np.int64)  # rank among names sorted as text -> the number that the name is
+    mistakes = [
+        Mistake("off by one", "the labels are one too high: they count from 1", "write labels that count from 0", labels - 1),
+        Mistake("off by one", "the labels are one too low for this network, whose classes begin with one more (a background class?)", "write labels as the network counts them", labels + 1),
+        Mistake("string-sorted folders", "the labels are the ranks of numbered folders sorted as text (0, 1, 10, 100, ...)", "the number of a folder is the label: give the folders themselves as --source, or write the number", _mapped(labels, as_text)),
+    ]
+    if devkit and classes == len(IDS):
+        table = np.array([LABEL.get(devkit.get(i, ""), -1) for i in range(max(devkit) + 2)], np.int64)
+        text, remedy = "the labels are the devkit's ILSVRC2012_IDs, whose order is its own", "map them through the devkit's meta.mat, or give the flat folder of images with the devkit beside it"
+        mistakes += [Mistake("devkit order", text, remedy, _mapped(labels, table)), Mistake("devkit order", f"{text}, less 1", remedy, _mapped(labels + 1, table))]
+    if (order >= 0).any():
+        remedy = "the label is the rank among all 1,000 (with class folders: add the missing ones, empty, and take away what is no class)"
+        mistakes.append(Mistake("WordNet IDs", "the labels are not the ranks of the WordNet IDs that the source itself carries", remedy, order))
+    return [m for m in mistakes if (m.labels != labels).any()]
+
+
+def pixel_mistakes(preprocessing: Preprocessing) -> list[Mistake]:
+    """Ways in which pixels may have been prepared otherwise than in training, each with the recipe that would then be right."""
+    reverse = Mistake("RGB/BGR", "red and blue are the wrong way round (images that OpenCV read, or a network that wants BGR)", "write the images as RGB; a network that wants BGR flips them in its forward", preprocessing=preprocessing, reverse=True)
+    usual = PRESETS["imagenet"]
+    recipes = {
+        "missing normalisation": [("the network wants images normalised as on ImageNet", usual.mean, usual.std), ("the network wants images normalised to -1..1", (0.5,) * 3, (0.5,) * 3), ("the network wants pixels of 0..255", (0.0,) * 3, (1 / 255,) * 3)],
+        "normalised twice": [("the network wants images of 0..1, not normalised (it does that itself?)", (0.0,) * 3, (1.0,) * 3)],
+    }
+    found = [reverse]
+    for name, ways in recipes.items():
+        for text, mean, std in ways:
+            if (mean, std) != (preprocessing.mean, preprocessing.std):
+                option = "/".join(f"{v:.6g}" for v in mean), "/".join(f"{v:.6g}" for v in std)
+                found.append(Mistake(name, text, f"add --preprocess mean={option[0]},std={option[1]}", preprocessing=replace(preprocessing, mean=mean, std=std)))
+    return found
+
+
+def _mapped(labels: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """`table[label]`, -1 where it has none."""
+    inside = (labels >= 0) & (labels < len(table))
+    return np.where(inside, table[np.where(inside, labels, 0)], -1)
+
+
+def _classify(network: torch.nn.Module, preprocessing: Preprocessing, pixels: list[np.ndarray], reverse: bool, device: str, batch: int) -> torch.Tensor:
+    """Logits float32 [N, C] on the CPU; images of one shape share a batch. `reverse`: blue, green, red."""
+    rows: dict[int, torch.Tensor] = {}
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(pixels):
+        shapes.setdefault(image.shape, []).append(i)
+    with torch.inference_mode():
+        for alike in shapes.values():
+            for at in (alike[i : i + batch] for i in range(0, len(alike), batch)):
+                images = torch.from_numpy(np.stack([pixels[i] for i in at])).to(device)
+                rows.update(zip(at, network(preprocessing.normalise(images.flip(-1) if reverse else images)).float().cpu()))
+    return torch.stack([rows[i] for i in range(len(pixels))]) if rows else torch.zeros(0, 2)
+
+
+def _look_at_samples(found: Diagnosis, seen: Look, labels: np.ndarray, classes: int) -> None:
+    """Faults and doubts that need no network."""
+    every = len(labels) + len(seen.reasons)
+    if seen.reasons:
+        reason, times = Counter(seen.reasons).most_common(1)[0]
+        text = f"{len(seen.reasons)} of {every} samples would be set aside, {times} of them because: {printable(reason)}"
+        (found.faults if 2 * len(seen.reasons) > every else found.warnings).append(text)
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        text = f"the label of {len(outside)} of {len(labels)} samples is outside the network's classes 0..{classes - 1} (for example {outside[0]}): they would be set aside"
+        (found.faults if 2 * len(outside) > len(labels) else found.warnings).append(text)
+    if len(labels) >= FEW and len(set(labels.tolist())) == 1:
+        found.warnings.append(f"all {len(labels)} samples have the label {labels[0]}: is the source one class of the data set?")
+    if len(labels) and np.mean([_TRAINING.match(s.sample_id) is not None for s in seen.samples]) > 0.5:
+        found.warnings.append(f"the images are called as those of ImageNet's training set ({printable(seen.samples[0].sample_id)}): {HOLDOUT}")
+
+
+def _explained(found: Diagnosis, right: np.ndarray, mistakes: Iterable[tuple[Mistake, np.ndarray]]) -> Diagnosis:
+    """With the mistake whose undoing (right then, bool [N]) gains most, if it is beyond doubt: McNemar's exact test on the same images."""
+    from scipy.stats import binomtest
+
+    mistake, then = max(mistakes, key=lambda pair: pair[1].sum(), default=(None, right))
+    won, lost = int((then & ~right).sum()), int((right & ~then).sum())
+    if mistake is None or won - lost < GAIN * len(right) or binomtest(won, won + lost, alternative="greater").pvalue > SURE:
+        return found
+    undone = float(then.mean())
+    text = f"{mistake.text}: with that undone, top-1 on the same {len(right)} images is {undone:.3f}, not {right.mean():.3f}\n{mistake.remedy}"
+    return replace(found, mistake=mistake, undone=undone, faults=[*found.faults, text])
+
+
+def _judge(found: Diagnosis, right: np.ndarray, logits: torch.Tensor, classes: int) -> None:
+    """What top-1 alone says, where no mistake explains it."""
+    from scipy.stats import binomtest
+
+    n, top1 = len(right), found.top1
+    if not found.mistake and binomtest(found.correct, n, 1 / classes, alternative="greater").pvalue > CHANCE:
+        counts = np.bincount(logits.argmax(1).numpy(), minlength=classes)
+        same = f"it gives class {counts.argmax()} to {counts.max()} of them: are these its weights?"
+        sure = f"with a mean confidence of {found.confidence:.2f}: the labels, or the images, are not those of its training, and no usual mistake explains it"
+        text = f"the network is right on {found.correct} of {n} images, no more often than chance (1 of {classes} classes); {same if 2 * counts.max() > n else sure}"
+        knows = found.promised is not None and 2 * counts.max() <= n  # an untrained network on purpose is not refused
+        (found.faults if knows else found.doubts).append(text)
+    elif not found.mistake and found.promised is not None and found.high < found.promised:
+        found.warnings.append(f"top-1 is below the {found.promised:.3f} that the weights promise, and no usual mistake explains it: harder images (ImageNet-v2 costs a good ten points), or another preprocessing?")
+    elif not found.mistake and found.order is False:
+        found.warnings.append("some labels are not the ranks of the WordNet IDs that the source itself carries")
+    errors = 1 - found.promised if found.promised is not None else 0.04
+    if found.high > 0 and 1 - found.low < errors / 2 and found.loss < 0.05:
+        found.warnings.append(f"top-1 {top1:.3f} with a median loss of {found.loss:.4f} looks like images that the network was trained on: {HOLDOUT}")

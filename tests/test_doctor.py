@@ -1,0 +1,262 @@
+"""The doctor: each mistake that people make with labels and pixels is named, and what is right passes; on colours, and on real photographs."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import shards
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import norm
+from test_sources_flat import write_devkit
+
+from pipeline import doctor, models, wnids
+from pipeline.samples import PRESETS, Sample
+from pipeline.sources import open_source, spread
+
+CLASSES = 1000
+LABELS = list(range(3, CLASSES, 10))  # a hundred of them
+MODEL = "tiny:colours"
+
+
+def colour(label, reverse=False):
+    """A PNG of the class's colour."""
+    pixels = np.full((6, 5, 3), tiny.palette(label), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels[..., ::-1] if reverse else pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def as_text(label):
+    """The label of a numbered folder where folders are sorted as text."""
+    return sorted(map(str, range(CLASSES))).index(str(label))
+
+
+def write(folder, given=lambda label: label, name=lambda label: f"{label:05d}", labels=LABELS, image=colour):
+    """Two shards of colours: what is called class `label` gets the label `given(label)`."""
+    for i in range(2):
+        part = labels[i::2]
+        shards.write_tar(folder / f"val-{i}.tar", [m for label in part for m in ((f"{name(label)}.png", image(label)), (f"{name(label)}.cls", str(given(label)).encode()))])
+    return folder
+
+
+def check(source, *more, model=MODEL):
+    return tiny.call("check", "--source", source, "--model", model, "--format", "json", *more)
+
+
+def extract(source, run, *more, model=MODEL):
+    return tiny.call("extract", "--run", run, "--dataset", "val", "--source", source, "--model", model, *more)
+
+
+def test_the_right_way_passes_and_tells_what_was_seen(tmp_path):
+    ended = check(write(tmp_path, name=lambda label: f"{wnids.IDS[label]}_7_x"))
+    report = ended.json
+    assert ended.code == 0, ended.err
+    assert (report["kind"], report["shards"], report["samples"], report["samples_exact"]) == ("webdataset", 2, 100, True)
+    assert report["label_range"] == [3, 993] and report["labels_seen"] == 100 and report["classes"] == CLASSES
+    assert report["seen"] == 100 and report["top1"] == 1.0 and report["top1_low"] == pytest.approx(1 / (1 + norm.ppf(0.975) ** 2 / 100)) and report["promised"] is None
+    assert report["class_order"] == "follows the WordNet IDs" and report["filters"] == 1000 and report["mistake"] is None
+    assert report["images_per_s"] > 0 and report["hours"] == pytest.approx(100 / report["images_per_s"] / 3600)
+    assert extract(tmp_path, tmp_path / "run").code == 0
+    assert 0.5 < report["bytes"] / sum(f.stat().st_size for f in (tmp_path / "run/profiles/val").iterdir()) < 2
+
+
+MISTAKES = {
+    "off by one, too high": (lambda label: label + 1, "off by one", "write labels that count from 0"),
+    "off by one, too low": (lambda label: label - 1, "off by one", "as the network counts them"),
+    "string-sorted": (as_text, "string-sorted folders", "the number of a folder is the label"),
+}
+
+
+@pytest.mark.parametrize("given_label, mistake, remedy", MISTAKES.values(), ids=list(MISTAKES))
+def test_wrong_labels_are_named_and_refused_before_anything_is_written(tmp_path, given_label, mistake, remedy):
+    source = write(tmp_path / "source", given_label)
+    ended = check(source)
+    assert ended.code == 2 and ended.json["mistake"] == mistake and ended.json["top1_undone"] == 1.0 and ended.json["top1"] < 0.05
+    assert remedy in ended.err and "1.000" in ended.err and len([line for line in ended.err.splitlines() if line.startswith("faultline")]) == 1
+    refused = extract(source, tmp_path / "run").refused()
+    assert remedy in refused and "--force" in refused and not (tmp_path / "run").exists()
+
+
+def test_force_goes_on_and_a_run_that_is_there_is_not_checked_again(tmp_path):
+    source = write(tmp_path / "source", as_text)
+    forced = extract(source, tmp_path / "run", "--force")
+    assert forced.code == 0 and "sorted as text" in forced.err and len(list((tmp_path / "run/profiles/val").iterdir())) == 2
+    again = extract(source, tmp_path / "run")
+    assert again.code == 0 and "nothing to do" in again.err and "sorted as text" not in again.err
+
+
+def test_a_second_data_set_of_a_run_is_checked_too(tmp_path):
+    assert extract(write(tmp_path / "right"), tmp_path / "run").code == 0
+    source = write(tmp_path / "wrong", as_text)
+    refused = tiny.call("extract", "--run", tmp_path / "run", "--dataset", "v2", "--source", source, "--model", MODEL).refused()
+    assert "sorted as text" in refused and not (tmp_path / "run/datasets/v2.json").exists()
+
+
+@pytest.mark.parametrize("less", [0, 1])
+@pytest.mark.parametrize("where", ["beside", "named"])
+def test_labels_in_the_devkits_order_are_named_where_there_is_a_devkit(tmp_path, less, where):
+    (tmp_path / "kit").mkdir()
+    at = tmp_path if where == "beside" else tmp_path / "kit"
+    ids = dict(zip(LABELS, write_devkit(at, wnids.IDS, [wnids.IDS[label] for label in LABELS])))
+    source = write(tmp_path / "source", lambda label: ids[label] - less)
+    ended = check(source, *(["--devkit", at / "ILSVRC2012_devkit_t12"] if where == "named" else []))
+    assert ended.code == 2 and ended.json["mistake"] == "devkit order" and ended.json["top1_undone"] == 1.0 and "meta.mat" in ended.err
+
+
+def test_a_few_class_folders_of_imagenet_are_not_classes_0_to_n(tmp_path):
+    tree = {f"{wnids.IDS[label]}/{i}.png": colour(label) for label in (0, 217, 482, 491, 497, 566, 569, 571, 574, 701) for i in range(6)}
+    ended = check(shards.write_tree(tmp_path / "imagenette", tree))
+    assert ended.code == 2 and ended.json["mistake"] == "WordNet IDs" and ended.json["top1_undone"] == 1.0 and ended.json["class_order"].startswith("differs")
+    for wnid in wnids.IDS:
+        (tmp_path / "imagenette" / wnid).mkdir(exist_ok=True)  # the remedy that the message gives
+    assert "add the missing ones" in ended.err and check(tmp_path / "imagenette").json["top1"] == 1.0
+
+
+def test_colours_the_wrong_way_round(tmp_path):
+    ended = check(write(tmp_path, image=lambda label: colour(label, reverse=True)))
+    assert ended.code == 2 and ended.json["mistake"] == "RGB/BGR" and ended.json["top1_undone"] == 1.0 and "RGB" in ended.err
+
+
+def test_missing_normalisation_and_the_option_that_repairs_it(tmp_path):
+    source = write(tmp_path / "source")
+    ended = check(source, "--preprocess", "mean=0/0/0,std=1/1/1")
+    assert ended.code == 2 and ended.json["mistake"] == "missing normalisation" and ended.json["top1_undone"] == 1.0
+    option = next(word for word in ended.err.split() if word.startswith("mean="))
+    assert check(source, "--preprocess", option).json["top1"] == 1.0
+
+
+def test_a_network_that_normalises_by_itself(tmp_path):
+    ended = check(write(tmp_path), model="tiny:raw_colours")
+    assert ended.code == 2 and ended.json["mistake"] == "normalised twice" and "--preprocess mean=0/0/0,std=1/1/1" in ended.err
+    assert check(tmp_path, "--preprocess", "mean=0/0/0,std=1/1/1", model="tiny:raw_colours").json["top1"] == 1.0
+
+
+def test_labels_that_nothing_explains_are_no_better_than_chance(tmp_path):
+    """The doctor refuses; an extraction goes on aloud, since nobody promises anything for these weights and the network may be untrained on purpose."""
+    order = np.random.default_rng(0).permutation(CLASSES)
+    source = write(tmp_path / "source", lambda label: int(order[label]))
+    ended = check(source)
+    assert ended.code == 2 and ended.json["mistake"] is None and "no more often than chance" in ended.err and "not those of its training" in ended.err
+    went_on = extract(source, tmp_path / "run")
+    assert went_on.code == 0 and "check: the network is right on 0 of 64 images" in went_on.err
+
+
+def test_labels_of_another_label_set_and_images_that_are_none(tmp_path):
+    many = check(write(tmp_path / "many", lambda label: label + 5000))
+    assert many.code == 2 and "outside the network's classes 0..999" in many.err
+    few = check(write(tmp_path / "few", image=lambda label: colour(label) if label % 20 == 3 else b""))
+    assert few.code == 0 and few.json["top1"] == 1.0 and "50 of 100 samples would be set aside, 50 of them because: the image is empty (0 bytes)" in few.json["warnings"]
+    assert "can be decoded (the image is empty (0 bytes))" in check(write(tmp_path / "none", image=lambda label: b"")).refused()
+
+
+def test_names_of_the_training_set_are_noticed(tmp_path):
+    ended = check(write(tmp_path, name=lambda label: f"{wnids.IDS[label]}_{label}"))
+    assert ended.code == 0 and any("training set" in line for line in ended.json["warnings"])
+
+
+def test_a_long_count_is_estimated_and_called_so(tmp_path, monkeypatch):
+    for i in range(12):
+        write(tmp_path / f"{i}", labels=LABELS[:40])
+    monkeypatch.setattr("jobs.check.COUNTING", -1.0)
+    report = check(str(tmp_path / "*/*.tar")).json
+    assert report["shards"] == 24 and not report["samples_exact"] and 400 < report["samples"] < 600
+
+
+@given(st.integers(0, 3000), st.integers(1, 500), st.integers(1, 20))
+def test_picks_are_spread_over_all_of_a_shard(samples, wanted, together):
+    chosen = spread(samples, wanted, together)
+    assert chosen == sorted(set(chosen)) and all(0 <= at < samples for at in chosen)
+    assert len(chosen) <= max(wanted + together, 1) or wanted >= samples
+    if wanted >= 4 * together and samples > wanted:
+        assert len(chosen) >= wanted / 2 and chosen[0] <= samples / 2 and max(np.diff(chosen)) <= 3 * samples * together / wanted + together
+
+
+@pytest.mark.parametrize("together", [1, 4, 16])
+def test_pick_gives_what_reading_gives(tmp_path, together):
+    shards.write_shard(tmp_path / "a.tar", list(range(300)))
+    source, (name,) = open_source(str(tmp_path / "a.tar"))
+    shard = source.census(name)
+    object.__setattr__(source, "together", together)
+    picked = list(source.pick(shard, 40))
+    everything = list(source.read(shard.marks, name, 0, 300))
+    assert picked == [everything[at] for at in spread(300, 40, together)] and len(picked) >= 32
+
+
+# ---- real photographs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photographs(data):
+    """(network and preprocessing, a look at 128 of the thousand photographs). The same pixels by the same recipe are classified once."""
+    known, classify = {}, doctor._classify
+
+    def remembered(network, recipe, pixels, reverse, *where):
+        key = recipe, reverse, pixels[0].tobytes()
+        known[key] = known[key] if key in known else classify(network, recipe, pixels, reverse, *where)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "_classify", remembered)
+        yield looked_at(data)
+
+
+def looked_at(data):
+    classifier = models.load("squeezenet1_1", str(data / "imagenet-sample/squeezenet1_1.safetensors"), None)
+    source, names = open_source(str(data / "imagenet-sample"))
+    return classifier, doctor.look(source, [source.census(name) for name in names], 128, classifier.preprocessing)
+
+
+def examine(photographs, given_label=lambda label: label, preprocessing=None, devkit=None, reverse=False):
+    classifier, seen = photographs
+    samples = [replace(s, label=given_label(s.label), pixels=s.pixels[..., ::-1].copy() if reverse else s.pixels, sample_id=f"photo_{i}") for i, s in enumerate(seen.samples)]
+    return doctor.examine(classifier.network, preprocessing or classifier.preprocessing, replace(seen, samples=samples), CLASSES, classifier.promised, devkit)
+
+
+def test_real_photographs_pass(photographs):
+    found = examine(photographs)
+    assert not found.faults + found.doubts + found.warnings and 0.5 < found.low < 0.646 < found.high and found.promised == pytest.approx(0.58178)
+    assert photographs[1].order.tolist() == photographs[1].labels.tolist()  # their IDs are WordNet IDs
+
+
+@pytest.mark.parametrize("given_label, mistake, remedy", MISTAKES.values(), ids=list(MISTAKES))
+def test_wrong_labels_of_real_photographs(photographs, given_label, mistake, remedy):
+    found = examine(photographs, given_label)
+    assert found.mistake.name == mistake and found.top1 < 0.05 and found.undone > 0.55 and remedy in found.faults[0]
+
+
+def test_devkit_order_of_real_photographs(photographs):
+    order = np.random.default_rng(1).permutation(CLASSES)
+    found = examine(photographs, lambda label: int(order[label]) + 1, devkit={int(i) + 1: wnids.IDS[label] for label, i in enumerate(order)})
+    assert found.mistake.name == "devkit order" and found.undone > 0.55
+
+
+@pytest.mark.parametrize(
+    "mistake, change",
+    [
+        ("RGB/BGR", {"reverse": True}),
+        ("missing normalisation", {"preprocessing": replace(PRESETS["imagenet"], mean=(0.0,) * 3, std=(1.0,) * 3)}),
+    ],
+)
+def test_pixels_of_real_photographs(photographs, mistake, change):
+    found = examine(photographs, **change)
+    assert found.mistake.name == mistake and found.undone > 0.55 > found.top1 + 0.05
+
+
+def test_training_images_are_noticed():
+    """A network that is right on everything, and sure of it."""
+    samples = [Sample(str(label), label, np.full((6, 5, 3), tiny.palette(label), np.uint8)) for label in LABELS * 3]
+    found = doctor.examine(tiny.colours().eval(), tiny.Palette.preprocessing, doctor.Look(samples, [""] * 300, []), CLASSES, 0.76)
+    assert any("trained on" in line for line in found.warnings) and not found.faults
+    torch.manual_seed(0)
+    noisy = [replace(s, label=s.label if i % 4 else 0) for i, s in enumerate(samples)]
+    assert not doctor.examine(tiny.colours().eval(), tiny.Palette.preprocessing, doctor.Look(noisy, [""] * 300, []), CLASSES, 0.76).warnings
+
+
+def test_the_list_of_wordnet_ids_is_imagenets(data):
+    ours = [line.split()[0] for line in (data / "imagenet-sample/classes.txt").read_text().splitlines()]
+    assert list(wnids.IDS) == ours
