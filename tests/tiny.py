@@ -113,7 +113,7 @@ class Ended:
 
     def refused(self) -> str:
         """The message of a wrong request: exit code 2, one to three lines, nothing on stdout."""
-        lines = [line for line in self.err.splitlines() if not line.startswith(("loading", "counting", "engine:"))]
+        lines = [line for line in self.err.splitlines() if not line.startswith(("loading", "counting", "engine:", "check:"))]
         assert self.code == 2 and not self.raw and 1 <= len(lines) <= 3 and lines[0].startswith("faultline: "), (self.code, self.err)
         assert "Traceback" not in self.err and "a defect" not in self.err
         return "\n".join(lines)
