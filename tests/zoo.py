@@ -195,6 +195,18 @@ class Patches(nn.Module):
         return torch.cat(self.stem(quarters).chunk(4), 1)
 
 
+class Tokens(nn.Module):
+    """Maps become a sequence of tokens, as in a transformer with a convolutional stem: a gradient comes back with its channels last."""
+
+    def __init__(self, norm: Callable[[], nn.Module], kernel):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, kernel, bias=False), norm())
+        self.place = nn.Parameter(torch.randn(1, (12 - kernel[0]) * (9 - kernel[1]), 4))
+
+    def forward(self, x):
+        return torch.tanh(self.stem(x).flatten(2).transpose(1, 2) + self.place)
+
+
 RELU = lambda: nn.ReLU()  # noqa: E731
 IN_PLACE = lambda: nn.ReLU(inplace=True)  # noqa: E731
 
@@ -222,6 +234,9 @@ ZOO = [
     Animal("bare-parameter", Bare),
     Animal("auxiliary", Auxiliary),
     Animal("no-grad-stem", WithoutGradient),
+    Animal("tokens", lambda: Tokens(norm(4), (3, 3))),
+    Animal("tokens-in-place", lambda: Tokens(plain(norm(4), IN_PLACE), (3, 3))),
+    Animal("tokens-of-narrow-maps", lambda: Tokens(norm(4), (3, 8))),
     Animal("used-twice", Twice, "vmap", "used in 2 convolutions"),
     Animal("tied-weights", Tied, "vmap", "used in 2 convolutions"),
     Animal("standardised-weight", plain(conv(3, 4, 1), lambda: Standardised(4, 4, 3)), "vmap", "goes through"),
