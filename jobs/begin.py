@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jobs import cluster
 from jobs.progress import say
 from pipeline.errors import BadRequest, printable
-from pipeline.filters import FilterLayout
+from pipeline.filters import FilterLayout, coverage
 from pipeline.manifest import Manifest
 from pipeline.store import Store
 from pipeline.units import MOST
@@ -76,7 +76,7 @@ def default_batch(device: str, pixels: int) -> int:
 def admit(seen: Look, network: torch.nn.Module, manifest: Manifest, force: bool) -> None:
     """Say what the doctor finds on a few samples. Raises BadRequest if a run would be garbage, unless it is forced."""
     found = examine(seen, network, manifest)
-    for line in [*found.doubts, *found.warnings]:
+    for line in [*found.doubts, *found.warnings, *filter(None, [coverage(network)[1]])]:
         say(f"check: {line}")
     if found.faults and not force:
         raise BadRequest(f"{found.faults[0]}\n--force goes on all the same; faultline check says more")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jobs import begin, cluster
 from jobs.progress import ProgressBar, say
 from pipeline.errors import BadRequest, printable
+from pipeline.filters import coverage
 from pipeline.sources import Shard, Source, open_source
 
 if TYPE_CHECKING:  # torch is loaded where it is needed
@@ -81,7 +82,6 @@ def check(spec: str, model: str, weights: str | None = None, preprocess: str | N
     if isinstance(source, FlatImageNet):
         source = replace(source, devkit=devkit)
     order = devkit_at(source.root, devkit)
-    warnings = source.advice(names)
     device = cluster.device_for(device, "local")
     classifier = begin.load_model(model, weights, preprocess, None, device)
     counted = count(source, names, COUNTING)
@@ -93,12 +93,13 @@ def check(spec: str, model: str, weights: str | None = None, preprocess: str | N
     manifest = begin.describe(seen, classifier, model, "auto", None, "abs", None, device)
     say(f"classifying {len(seen.samples)} images")
     found = begin.examine(seen, classifier.network, manifest, order)
+    warnings = [*source.advice(names), *filter(None, [coverage(classifier.network)[1]]), *found.warnings]
     rate, row_bytes = cost(seen, classifier.network, manifest, device, decoding)
     labels = [s.label for s in seen.samples]
     return Report(
         source.kind, len(names), counted.samples, counted.exact, (min(labels), max(labels)), len(set(labels)), manifest.classes, _order(found), manifest.layers.total, len(manifest.layers.layers),
         manifest.engine, device, found.seen, found.top1, found.low, found.high, found.promised, found.mistake.name if found.mistake else None, found.undone,
-        rate, counted.samples / rate / 3600, int(counted.samples * row_bytes), [*found.faults, *found.doubts], [*warnings, *found.warnings],
+        rate, counted.samples / rate / 3600, int(counted.samples * row_bytes), [*found.faults, *found.doubts], warnings,
     )  # fmt: skip
 
 

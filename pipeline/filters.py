@@ -70,3 +70,21 @@ class FilterLayout:
             if columns.start <= column < columns.stop:
                 return name, column - columns.start
         raise IndexError(f"column {column} of {self.total} filters")
+
+
+LEAST_SHARE = 0.1  # of the parameters, below which a profile is said to leave most of the network out
+
+
+def coverage(model) -> tuple[float, str | None]:
+    """(share of a torch module's parameters that its 4-D weights hold, what to warn of in one sentence or None).
+
+    Warned of: a network with one 4-D weight alone, as a vision transformer whose one convolution cuts the image into patches, and
+    one whose filters hold under a tenth of its parameters. Raises BadRequest if it has no 4-D weight.
+    """
+    layers, name = FilterLayout.of(model).layers, type(model).__name__
+    share = sum(p.numel() for p in model.parameters() if p.dim() == 4) / sum(p.numel() for p in model.parameters())
+    if len(layers) == 1:
+        return share, f"{name} has one 4-D weight, {layers[0][0]}, which holds {share:.1%} of its parameters: its profile is that layer alone"
+    if share < LEAST_SHARE:
+        return share, f"the 4-D weights of {name} hold {share:.1%} of its parameters: its profile says nothing of the other layers"
+    return share, None

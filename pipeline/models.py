@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 import os
 import re
 import sys
 import urllib.error
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,11 @@ from pipeline.errors import BadRequest, closest, printable
 from pipeline.samples import PRESETS, Preprocessing
 
 
-OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # torchvision's DenseNet files say `norm.1.weight` for `norm1.weight`
+OLD_NAMES = (  # in torchvision's own files, and translated by its own loaders
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),  # DenseNet's `norm.1.weight` is `norm1.weight`
+    (re.compile(r"(\.mlp)\.linear_1\."), r"\1.0."),  # a ViT's `mlp.linear_1.weight` is `mlp.0.weight`, `linear_2` is `mlp.3`
+    (re.compile(r"(\.mlp)\.linear_2\."), r"\1.3."),
+)
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,12 @@ def load(model: str, weights: str | None, preprocess: str | None) -> Classifier:
     elif ":" in model:
         network = build(model)
         state, digest = read_weights(weights) if weights else (None, None)
-        base, names = getattr(network, "preprocessing", None), getattr(network, "class_names", None)
+        base, names = _said_by(network)
         if base is None and not preprocess:
             raise BadRequest(f"--preprocess: {printable(model)} does not say how its images are prepared; add for example --preprocess imagenet, or resize=256,crop=224,mean=0.5/0.5/0.5,std=0.5/0.5/0.5")
     else:
-        network = build(model)
-        entry, state, digest = _torchvision_weights(model, weights)
+        entry, state, digest = _torchvision_weights(_known(model), weights)
+        network = build(model, state)
         base, names, promised = _torchvision_preprocessing(entry), tuple(entry.meta["categories"]), _promised(entry)
     if state is not None:
         fit(network, state, model)
@@ -63,19 +69,51 @@ def load(model: str, weights: str | None, preprocess: str | None) -> Classifier:
     return Classifier(network, Preprocessing.parse(preprocess or "", base), names, digest, promised)
 
 
-def build(model: str) -> torch.nn.Module:
-    """The bare network of a name; its weights are whatever its constructor gives. Raises BadRequest for an unknown name."""
+def build(model: str, state: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
+    """The bare network of a name; its weights are whatever its constructor gives. Raises BadRequest for an unknown name.
+
+    `state`: the weights that it will be given, where they tell what a constructor must know; nothing is loaded here.
+    """
     if model in cifar.NETWORKS:
         return cifar.NETWORKS[model]()
     if ":" in model:
         return _from_factory(model)
     import torchvision.models
 
+    return torchvision.models.get_model(_known(model), weights=None, **_arguments(model, state))
+
+
+def _known(model: str) -> str:
+    """The name itself. Raises BadRequest if torchvision has no classifier of that name."""
+    import torchvision.models
+
     known = torchvision.models.list_models(module=torchvision.models)
     if model not in known:
         raise BadRequest(f"--model: there is no '{printable(model)}'; close to it: {closest(model, [*known, *cifar.NETWORKS])} (or your own, as module:factory)")
-    extra = {"init_weights": False, "transform_input": True} if model in ("inception_v3", "googlenet") else {}
-    return torchvision.models.get_model(model, weights=None, **extra)
+    return model
+
+
+def _arguments(model: str, state: dict[str, torch.Tensor] | None) -> dict:
+    """What torchvision's constructor must be told for these weights: Inception and GoogLeNet may have lost their auxiliary heads,
+    and a ViT is made for one size of image, which its position embedding gives away."""
+    if model in ("inception_v3", "googlenet"):
+        heads = {} if state is None else {"aux_logits": any(name.lower().startswith("aux") for name in state)}
+        return {"init_weights": False, "transform_input": True, **heads}
+    if model.startswith("vit_") and state is not None:
+        positions, patches = (state.get(name) for name in ("encoder.pos_embedding", "conv_proj.weight"))
+        if positions is not None and patches is not None and positions.dim() == 3 and patches.dim() == 4:
+            side = math.isqrt(positions.shape[1])
+            return {"image_size": side * patches.shape[-1]} if side else {}
+    return {}
+
+
+def _said_by(network: torch.nn.Module) -> tuple[Preprocessing | None, tuple[str, ...] | None]:
+    """What a factory's network says of itself, in attributes that its author may have used for something else:
+    `preprocessing`, as text or a Preprocessing, and `class_names`, a list of texts."""
+    base, names = getattr(network, "preprocessing", None), getattr(network, "class_names", None)
+    if isinstance(base, str):
+        base = Preprocessing.parse(base, None)
+    return base if isinstance(base, Preprocessing) else None, tuple(map(str, names)) if isinstance(names, (list, tuple)) else None
 
 
 def _from_factory(model: str) -> torch.nn.Module:
@@ -129,7 +167,7 @@ def file_sha256(path: str | Path) -> str:
 def fit(network: torch.nn.Module, state: dict[str, torch.Tensor], model: str) -> None:
     """Load `state`, every key and shape of it. Raises BadRequest naming what does not fit."""
     own = network.state_dict()
-    state = {name if name in own else OLD_DENSENET.sub(r"\1\2", name): value for name, value in state.items()}
+    state = OrderedDict((name if name in own else _new_name(name), value) for name, value in state.items())
     counters = {name for name in own if name.endswith("num_batches_tracked")}
     faults = [f"{name} is missing" for name in own if name not in state and name not in counters]
     faults += [f"{name} is not in the network" for name in state if name not in own]
@@ -137,7 +175,14 @@ def fit(network: torch.nn.Module, state: dict[str, torch.Tensor], model: str) ->
     if faults:
         shown = "; ".join(map(printable, faults[:3])) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
         raise BadRequest(f"--weights: these are not the weights of {printable(model)}: {shown}")
+    state._metadata = getattr(own, "_metadata", None)  # versions of modules, which some loaders insist on and few files carry: what fits is of the present ones
     network.load_state_dict(state, strict=False)
+
+
+def _new_name(name: str) -> str:
+    for old, new in OLD_NAMES:
+        name = old.sub(new, name)
+    return name
 
 
 def digest_of(network: torch.nn.Module) -> str:
@@ -163,8 +208,9 @@ def save_weights(network: torch.nn.Module, path: Path) -> None:
 
 def restore(model: str, weights: Path) -> torch.nn.Module:
     """The network of a run again, from its name and the weights kept in the run directory."""
-    network = build(model)
-    fit(network, read_weights(str(weights))[0], model)
+    state, _ = read_weights(str(weights))
+    network = build(model, state)
+    fit(network, state, model)
     return network.float().eval().requires_grad_(False)
 
 
@@ -175,13 +221,16 @@ def _need_file(model: str, weights: str | None):
 
 
 def _torchvision_weights(model: str, weights: str | None):
-    """(weights entry that tells preprocessing and class names, state, digest); a file counts as IMAGENET1K_V1."""
+    """(weights entry that tells preprocessing and class names, state, digest); a file counts as IMAGENET1K_V1, where its images have a size that the weights take."""
     import torchvision.models
 
     entries = torchvision.models.get_model_weights(model)
     name = (weights or "DEFAULT").rpartition(".")[2]
     if weights and name not in entries.__members__ and name != "DEFAULT":
-        return entries["IMAGENET1K_V1"] if "IMAGENET1K_V1" in entries.__members__ else entries.DEFAULT, *read_weights(weights)
+        state, digest = read_weights(weights)
+        size = _arguments(model, state).get("image_size")
+        likely = sorted(entries, key=lambda e: (e.name != "IMAGENET1K_V1", e is not entries.DEFAULT))
+        return next((e for e in likely if size in (None, e.transforms().crop_size[0])), likely[0]), state, digest
     entry = entries.DEFAULT if name == "DEFAULT" else entries[name]
     try:
         entry.get_state_dict(progress=False, check_hash=True)  # fetched into torch's cache where it is not there yet

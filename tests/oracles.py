@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ def saliency(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tenso
     weights = [p.requires_grad_(True) for _, p in network.named_parameters() if p.dim() == 4]
     rows = []
     for image, label in zip(images.double(), labels):
-        loss = F.cross_entropy(network(image[None]), label[None])
+        with mock.patch.object(F, "batch_norm", batch_norm), mock.patch.object(F, "instance_norm", instance_norm):
+            loss = F.cross_entropy(network(image[None]), label[None])
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         row = []
         for weight, gradient in zip(weights, gradients):
@@ -29,6 +31,19 @@ def saliency(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tenso
             row.extend(filters.abs().mean(1).tolist() if aggregation == "abs" else filters.mean(1).abs().tolist())
         rows.append(row)
     return np.array(rows, dtype=np.float64)
+
+
+def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """By its formula: for a batch of one, torch's own has a gradient that is wrong in some layouts of memory."""
+    axes, shape = [0, *range(2, input.dim())], (1, -1, *[1] * (input.dim() - 2))
+    mean, var = (input.mean(axes), input.var(axes, correction=0)) if training else (running_mean, running_var)
+    out = (input - mean.view(shape)) / (var.view(shape) + eps).sqrt()
+    return out * (1 if weight is None else weight.view(shape)) + (0 if bias is None else bias.view(shape))
+
+
+def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5):
+    """One BatchNorm an image."""
+    return torch.cat([batch_norm(image[None], running_mean, running_var, weight, bias, use_input_stats, momentum, eps) for image in input])
 
 
 def logits(network: torch.nn.Module, images: torch.Tensor) -> np.ndarray:

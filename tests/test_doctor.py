@@ -154,6 +154,12 @@ def test_labels_of_another_label_set_and_images_that_are_none(tmp_path):
     assert "can be decoded (the image is empty (0 bytes))" in check(write(tmp_path / "none", image=lambda label: b"")).refused()
 
 
+def test_a_network_of_one_convolution_is_told_what_its_profile_is(tmp_path):
+    source = write(tmp_path / "source")
+    assert any("its profile is that layer alone" in line for line in check(source).json["warnings"])
+    assert "check: Palette has one 4-D weight, conv" in extract(source, tmp_path / "run").err
+
+
 def test_names_of_the_training_set_are_noticed(tmp_path):
     ended = check(write(tmp_path, name=lambda label: f"{wnids.IDS[label]}_{label}"))
     assert ended.code == 0 and any("training set" in line for line in ended.json["warnings"])

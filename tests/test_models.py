@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+import torchvision.models
 from safetensors.torch import save_file
 from torch import nn
 
 from pipeline import models
 from pipeline.errors import BadRequest
-from pipeline.filters import FilterLayout
+from pipeline.filters import FilterLayout, coverage
 from pipeline.samples import PRESETS, Preprocessing
 
 NET = "resnet20"
@@ -144,6 +145,8 @@ def factories(tmp_path, monkeypatch):
         "import torch\n"
         "def net():\n    torch.manual_seed(1)\n    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(2))\n"
         "def small():\n    torch.manual_seed(1)\n    n = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))\n    n.class_names = ('a', 'b')\n    return n\n"
+        "def text():\n    n = small()\n    n.preprocessing, n.class_names = 'resize=30,crop=28,interpolation=bicubic', ['a', 2]\n    return n\n"
+        "def otherwise():\n    n = small()\n    n.preprocessing, n.class_names = torch.nn.Identity(), {'a': 1}\n    return n\n"
         "def dictionary():\n    return {}\n"
         "def needs(x):\n    return x\n"
         "def breaks():\n    raise OSError('no\\x1b[2J disk')\n"
@@ -176,6 +179,16 @@ def test_factory_must_say_its_preprocessing_or_be_told(factories):
         models.load("made_here:small", None, None)
     got = models.load("made_here:small", None, "cifar")
     assert got.preprocessing == PRESETS["cifar"] and got.class_names == ("a", "b") and not got.network.training
+
+
+def test_factory_says_its_preprocessing_as_text_or_as_itself(factories):
+    """Parts of --preprocess change it; an attribute that means something else to its author says nothing here."""
+    got = models.load("made_here:text", None, "crop=none")
+    assert got.preprocessing == Preprocessing(30, None, "bicubic") and got.class_names == ("a", "2")
+    with pytest.raises(BadRequest, match="^--preprocess: made_here:otherwise does not say how"):
+        models.load("made_here:otherwise", None, None)
+    got = models.load("made_here:otherwise", None, "cifar")
+    assert got.preprocessing == PRESETS["cifar"] and got.class_names is None
 
 
 def test_network_survives_the_run_directory(factories):
@@ -230,6 +243,33 @@ def test_auxiliary_heads_and_projections_have_their_place():
     assert "AuxLogits.conv0.conv" in layout("inception_v3").slices and layout("resnet50").locate(448)[0] == "layer1.0.downsample.0"
 
 
+@pytest.mark.parametrize(
+    "name, share, warning",
+    [
+        ("resnet56", 0.9945, None),
+        ("squeezenet1_1", 0.9968, None),
+        ("vgg19", 0.1393, None),
+        ("vit_b_32", 0.0267, "VisionTransformer has one 4-D weight, conv_proj, which holds 2.7% of its parameters: its profile is that layer alone"),
+        ("convnext_tiny", 0.0657, "the 4-D weights of ConvNeXt hold 6.6% of its parameters: its profile says nothing of the other layers"),
+        ("alexnet", 0.0404, "the 4-D weights of AlexNet hold 4.0% of its parameters: its profile says nothing of the other layers"),
+    ],
+)
+def test_network_whose_profile_is_a_small_part_of_it_is_told(name, share, warning):
+    """VGG's dense layers are large, and yet a tenth of its weights is in filters."""
+    with torch.device("meta"):
+        got = coverage(models.build(name))
+    assert round(got[0], 4) == share and got[1] == warning
+
+
+def test_one_layer_is_one_layer_however_large():
+    """And a weight that two layers share counts once, as in the vector."""
+    share, warning = coverage(nn.Sequential(nn.Conv2d(3, 4, 2, bias=False)))
+    assert share == 1 and warning == "Sequential has one 4-D weight, 0, which holds 100.0% of its parameters: its profile is that layer alone"
+    network = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, bias=False), nn.Linear(4, 4, bias=False))
+    network[1].weight = network[0].weight
+    assert coverage(network) == (32 / 48, None)
+
+
 def test_files_of_densenet_say_their_names_in_the_old_way():
     """torchvision's own checkpoints have `norm.1.weight` where its module has `norm1.weight`, and its loader translates."""
     torch.manual_seed(0)
@@ -238,6 +278,57 @@ def test_files_of_densenet_say_their_names_in_the_old_way():
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     models.fit(target, old, "densenet121")
     assert equal(target, {name: value for name, value in source.state_dict().items() if "num_batches" not in name})
+
+
+def test_files_of_vision_transformers_say_their_names_in_the_old_way():
+    """`mlp.linear_1` and `mlp.linear_2` are `mlp.0` and `mlp.3` in torchvision's module."""
+    with torch.device("meta"):
+        network = models.build("vit_b_32")
+        old = {name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): torch.empty_like(value) for name, value in network.state_dict().items()}
+        assert "encoder.layers.encoder_layer_0.mlp.linear_2.bias" in old
+        models.fit(network, old, "vit_b_32")
+
+
+def constants(network: nn.Module, value: float = 0.5) -> dict[str, torch.Tensor]:
+    """A state dict with one number in all of it: small on disk, however large the network."""
+    return {name: torch.full((), value, dtype=v.dtype).expand(v.shape) for name, v in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("size, crop", [(224, 224), (384, 384), (512, 224)])
+def test_vision_transformer_is_built_for_the_images_of_its_weights(tmp_path, size, crop):
+    """Its position embedding tells their size; the preprocessing is that of the released weights for this size, or of IMAGENET1K_V1."""
+    with torch.device("meta"):
+        made = torchvision.models.vit_b_16(image_size=size)
+    torch.save(constants(made), tmp_path / "w.pth")
+    got = models.load("vit_b_16", str(tmp_path / "w.pth"), None)
+    assert got.network.image_size == size and got.preprocessing.crop == crop and (got.network.encoder.pos_embedding == 0.5).all()
+    torch.save(constants(made) | {"encoder.pos_embedding": torch.zeros(7)}, tmp_path / "w.pth")
+    with pytest.raises(BadRequest, match=r"encoder.pos_embedding is \[7\] where the network has \[1, 197, 768\]"):
+        models.load("vit_b_16", str(tmp_path / "w.pth"), None)
+
+
+@pytest.mark.parametrize("name, lost", [("googlenet", 256), ("inception_v3", 896)])
+def test_auxiliary_heads_may_be_missing(tmp_path, name, lost):
+    """torchvision drops GoogLeNet's when it loads weights, so a state dict saved from there has none. They are part of the vector where the file has them."""
+    with torch.device("meta"):
+        whole, bare = models.build(name), torchvision.models.get_model(name, weights=None, aux_logits=False, init_weights=False)
+    for network in (whole, bare):
+        torch.save(constants(network), tmp_path / "w.pth")
+        got = models.load(name, str(tmp_path / "w.pth"), None)
+        models.save_weights(got.network, tmp_path / "weights.safetensors")
+        again = models.restore(name, tmp_path / "weights.safetensors")
+        assert FilterLayout.of(again) == FilterLayout.of(got.network) == FilterLayout.of(network)
+    assert FilterLayout.of(whole).total - FilterLayout.of(bare).total == lost
+
+
+def test_weights_need_no_record_of_versions(tmp_path):
+    """MNASNet's own loader demands one, which no safetensors file and no stripped state dict has."""
+    torch.manual_seed(0)
+    network = models.build("mnasnet0_5")
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    got = models.load("mnasnet0_5", str(tmp_path / "w.safetensors"), None)
+    models.save_weights(got.network, tmp_path / "weights.safetensors")
+    assert equal(models.restore("mnasnet0_5", tmp_path / "weights.safetensors"), network.state_dict())
 
 
 def test_weights_file_means_imagenet1k_v1(tmp_path):

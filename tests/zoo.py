@@ -124,6 +124,18 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias, self.stride, self.padding)
 
 
+class Scaled(nn.Conv2d):
+    """Weights standardised by a BatchNorm over themselves, as timm's NFNets do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, self.gain.view(-1), None, True, 0.0, 1e-6)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+
 class Transposed(nn.Module):
     """The kernel reaches its convolution through a property and not through a function that is called."""
 
@@ -147,7 +159,7 @@ def parametrised():
     return nn.Sequential(layer, nn.ReLU())
 
 
-class Scaled(nn.Module):
+class Weighted(nn.Module):
     """A 4-D parameter that is no kernel: one number a channel."""
 
     def __init__(self):
@@ -195,6 +207,18 @@ class Patches(nn.Module):
         return torch.cat(self.stem(quarters).chunk(4), 1)
 
 
+class Tokens(nn.Module):
+    """Maps become a sequence of tokens, as in a transformer with a convolutional stem: a gradient comes back with its channels last."""
+
+    def __init__(self, norm: Callable[[], nn.Module], kernel):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, kernel, bias=False), norm())
+        self.place = nn.Parameter(torch.randn(1, (12 - kernel[0]) * (9 - kernel[1]), 4))
+
+    def forward(self, x):
+        return torch.tanh(self.stem(x).flatten(2).transpose(1, 2) + self.place)
+
+
 RELU = lambda: nn.ReLU()  # noqa: E731
 IN_PLACE = lambda: nn.ReLU(inplace=True)  # noqa: E731
 
@@ -222,13 +246,17 @@ ZOO = [
     Animal("bare-parameter", Bare),
     Animal("auxiliary", Auxiliary),
     Animal("no-grad-stem", WithoutGradient),
+    Animal("tokens", lambda: Tokens(norm(4), (3, 3))),
+    Animal("tokens-in-place", lambda: Tokens(plain(norm(4), IN_PLACE), (3, 3))),
+    Animal("tokens-of-narrow-maps", lambda: Tokens(norm(4), (3, 8))),
     Animal("used-twice", Twice, "vmap", "used in 2 convolutions"),
     Animal("tied-weights", Tied, "vmap", "used in 2 convolutions"),
     Animal("standardised-weight", plain(conv(3, 4, 1), lambda: Standardised(4, 4, 3)), "vmap", "goes through"),
+    Animal("weight-through-batchnorm", plain(conv(3, 4, 1), RELU, lambda: Scaled(4, 6, 3)), "vmap", "goes through"),
     Animal("transposed-weight", Transposed, "vmap", "goes through"),
     Animal("parametrised", parametrised, "vmap", "computes its weight from others"),
     Animal("transposed-convolution", plain(conv(3, 4, 3), lambda: nn.ConvTranspose2d(4, 6, 3, stride=2)), "vmap", "goes through conv_transpose2d"),
-    Animal("no-kernel", Scaled, "vmap", "goes through"),
+    Animal("no-kernel", Weighted, "vmap", "goes through"),
     Animal("patches", Patches, "vmap", "not one map for each"),
     Animal("batch-statistics", plain(conv(3, 6, 3), norm(6, track_running_stats=False), RELU), "vmap", "which images share its batch", alone=False),
 ]

@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.filters import FilterLayout
 from pipeline.saliency import Saliency
+from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
-from pipeline.saliency.vmap import VmapEngine, reduce_filters
+from pipeline.saliency.vmap import reduce_filters
 
 SLICE_NUMBERS = 2**24  # per-sample gradient numbers held at once: 64 MiB in float32
 FEW_WEIGHTS = 2**16  # up to here a grouped convolution beats im2col on a CPU
@@ -40,7 +41,7 @@ class FusedEngine:
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         """Raises RuntimeError if a weight is used in a way that this engine does not see (never returns a partial answer)."""
         sink = _Sink(self.weights, len(images), self.aggregation, images.device)
-        with _frozen(self.network), torch.enable_grad(), sink:
+        with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
             logits = self.network(images.detach()).float()
             sink.refuse()
             if len(images) and logits.requires_grad:
@@ -184,7 +185,7 @@ def objection(network: torch.nn.Module, images: torch.Tensor) -> str | None:
 def _by_autograd(network, images, labels) -> torch.Tensor:
     """s̄ [1, F] of one image by plain reverse mode, for `objection`."""
     weights = [p for p in network.parameters() if p.dim() == 4]
-    with _frozen(network), torch.enable_grad():
+    with _frozen(network), torch.enable_grad(), PlainLayouts():
         for weight in weights:
             weight.requires_grad_(True)
         loss = cross_entropy(network(images).float(), labels).sum()
