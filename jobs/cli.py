@@ -25,6 +25,15 @@ app.add_typer(statistics_app, name="statistics")
 RunOption = Annotated[Path, typer.Option("--run", help="The run directory.", show_default=False)]
 Format = Annotated[str, typer.Option("--format", help="table, json or parquet, on stdout.")]
 Name = Annotated[Optional[str], typer.Option("--name", help="Which index. Default: errors, or the only one.")]
+Dataset = Annotated[Optional[str], typer.Option(help="Which data set of the run. Default: val, or the only one.")]
+Reference = Annotated[Optional[str], typer.Option(help="Whose mu and sigma standardise: a data set of the run, or imported statistics. Default: val, or the data set itself.")]
+MaxSamples = Annotated[Optional[int], typer.Option(help="Only N samples, chosen by --seed. Default: all.")]
+Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard this verb's earlier results, made with other settings.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: GPUs where there are any now.")]
+Actors = Annotated[Optional[str], typer.Option(help="How many engines, N or MIN-MAX. Default: one a GPU, or one for every 4 CPUs.")]
+Address = Annotated[Optional[str], typer.Option(help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")]
+Record = Annotated[str, typer.Option("--format", help="table or json, on stdout.")]
 Layers = Annotated[Optional[str], typer.Option("--layers", help="A range of layers, FIRST..LAST, both included, or one layer.")]
 
 
@@ -194,6 +203,28 @@ def neighbors(
 
 
 @app.command()
+def profile(
+    run: RunOption,
+    sample: Annotated[Optional[str], typer.Argument(metavar="[ID]", help="sample_id, or dataset:sample_id: its own profile is drawn too.", show_default=False)] = None,
+    dataset: Dataset = None,
+    reference: Reference = None,
+    max_samples: MaxSamples = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    actors: Actors = None,
+    address: Address = None,
+    format: Record = "table",
+) -> None:
+    """How salient errors are, and where in the network: figures 1 and 2 of the paper."""
+    from jobs import output
+    from jobs.experiment import Request
+    from jobs.profile import profile as job
+
+    output.check(format, ("table", "json"))
+    _told(job(Request(run, dataset, reference, max_samples, seed, fresh, None, _actors(actors), address), sample), format)
+
+
+@app.command()
 def status(run: RunOption, format: Annotated[str, typer.Option("--format", help="table or json, on stdout.")] = "table") -> None:
     """Per data set: done, pending, set aside, rate."""
     from index import Run
@@ -201,6 +232,14 @@ def status(run: RunOption, format: Annotated[str, typer.Option("--format", help=
 
     output.check(format, ("table", "json"))
     output.status({name: p.__dict__ for name, p in Run.open(run).status().items()}, format)
+
+
+def _told(summary: dict, format: str) -> None:
+    """An experiment's numbers on stdout, and what they mean as the last line of stderr."""
+    from jobs import output
+
+    output.record(summary["result"], format)
+    say(summary["found"])
 
 
 def _actors(text: str | None) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"pipeline.errors", "pipeline.cifar"},
+    {"pipeline.errors", "pipeline.cifar", "pipeline.intervals"},
     {"pipeline.sources"},
     {"pipeline.samples"},
     {"pipeline.filters"},
@@ -18,6 +18,8 @@ LAYERS = [
     {"pipeline.store"},
     {"pipeline.profiler"},
     {"pipeline.worker"},
+    {"pipeline.experiment"},
+    {"pipeline.depth"},
 ]  # each may import those above it, and modules of its own room (sources, saliency)
 FORBIDDEN = {
     "pipeline": {"index", "jobs", "ray", "faiss", "tests"},
