@@ -187,19 +187,35 @@ def neighbors(
     layers: Layers = None,
     name: Name = None,
     everyone: Annotated[bool, typer.Option("--all", help="Correctly classified samples ask too.")] = False,
-    evaluate: Annotated[bool, typer.Option("--evaluate", help="Print how often neighbours share the (true, predicted) pair, beside chance.")] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Print how often neighbours share the (true, predicted) pair, beside chance, and write section 3.2 of the paper whole into experiments/neighbors.")] = False,
+    split: Annotated[Optional[str], typer.Option(help="Of --evaluate: compare the layers up to this one with those after it. Default: the first third of the filters with the last.")] = None,
+    max_samples: Annotated[Optional[int], typer.Option(help="Of --evaluate: only N errors, chosen by --seed. Default: all.")] = None,
+    seed: Seed = 0,
+    actors: Actors = None,
+    address: Address = None,
     format: Annotated[str, typer.Option("--format", help="table or json, of --evaluate.")] = "table",
 ) -> None:
     """The neighbours of all images of a data set, as one batch job."""
     from index import Run
+    from index.evaluate import ends
     from jobs import neighbors as job, output
+    from jobs.evaluation import evaluate as whole
+    from jobs.experiment import Request
 
     output.check(format, ("table", "json"))
     opened = Run.open(run)
+    request = Request(run, source, None, max_samples, seed, None, None, _actors(actors), address)
+    if evaluate:
+        request.check()
+        request.dataset_of(opened.store)
+        ends(opened.manifest.layers, split)
     asked = job.neighbors(opened, source, within, k, out, layers, name, everyone)
     say(f"{printable(out)}: neighbours of {asked:,} images")
     if evaluate:
-        output.record(job.evaluate(opened, out, within, name).__dict__, format)
+        agreement = job.evaluate(opened, out, within, name)
+        summary = whole(opened, source, within, name, split, request)
+        output.record(agreement.__dict__ | summary["result"], format)
+        say(summary["found"])
 
 
 @app.command()

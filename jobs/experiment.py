@@ -36,7 +36,7 @@ class Request:
     reference: str | None = None
     max_samples: int | None = None
     seed: int = 0
-    fresh: bool = False
+    fresh: bool | None = False  # None: earlier results are replaced where they were made with other settings
     device: str | None = None
     actors: tuple[int, int] | None = None
     address: str | None = None
@@ -100,10 +100,10 @@ def carry_out(verb: Verb, request: Request) -> dict:
     if not samples:
         raise BadRequest(f"--dataset: {printable(dataset)} has no {'misclassified sample' if verb.subset == 'errors' else 'sample'}: there is nothing to look at")
     settings = _settings(store, experiment, verb, request, dataset, reference_name)
-    _refuse_other(store, name, settings, request.fresh)
+    fresh = _discards(store, name, settings, request.fresh)
     folder = results_folder(store.run, name)
     with hold(folder / ".lock", store.run, f"another job is writing {printable(folder)}: wait for it"):
-        if request.fresh:
+        if fresh:
             _discard(folder)
         done = {file.stem for file in results(store.run, name)}
         todo = [(unit, count) for unit, count in chosen if unit.stem not in done]
@@ -143,16 +143,19 @@ def _settings(store: Store, experiment: Experiment, verb: Verb, request: Request
     return json.loads(json.dumps(asked | found))
 
 
-def _refuse_other(store: Store, name: str, settings: dict, fresh: bool) -> None:
-    """Raises BadRequest, naming the difference, if what lies there was computed with other settings."""
+def _discards(store: Store, name: str, settings: dict, fresh: bool | None) -> bool:
+    """Whether what lies there is to be discarded. Raises BadRequest, naming the difference, if it was computed with other settings and nobody said so."""
     path = results_folder(store.run, name) / "settings.json"
     if fresh or not path.exists():
-        return
+        return bool(fresh)
     before = read_json(path)
     words = {"run": "the run itself has changed", "profiles": f"the profiles of {printable(settings['dataset'])} have changed", "statistics_sha256": f"the statistics of {printable(settings['reference'])} have changed"}
     faults = [words.get(key) or f"{key.replace('_', ' ')} {_short(before.get(key))}, not {_short(settings.get(key))}" for key in dict.fromkeys([*settings, *before]) if before.get(key) != settings.get(key)]
-    if faults:
+    if faults and fresh is False:
         raise BadRequest(f"{printable(path.parent)} was made with other settings: {'; '.join(faults)}. Ask for the same again, or add --fresh to discard what is there")
+    if faults:
+        say(f"{printable(path.parent)} is made anew: {'; '.join(faults)}")
+    return bool(faults)
 
 
 def _short(value: object) -> str:
