@@ -103,7 +103,7 @@ def carry_out(verb: Verb, request: Request) -> dict:
     fresh = _discards(store, name, settings, request.fresh)
     folder = results_folder(store.run, name)
     with hold(folder / ".lock", store.run, f"another job is writing {printable(folder)}: wait for it"):
-        if fresh:
+        if fresh or not (folder / "settings.json").exists():
             _discard(folder)
         done = {file.stem for file in results(store.run, name)}
         todo = [(unit, count) for unit, count in chosen if unit.stem not in done]
