@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
 from pipeline.interventions.branching import Forward
 from pipeline.interventions.pruning import batch_size
@@ -31,7 +31,7 @@ WHOLES = ("all", "conv")
 
 @dataclass(frozen=True)
 class Part:
-    """What a step does to one parameter: rows int64 [n] of it (None: all), and -theta's change at rate 1, [n, ...]."""
+    """What a step takes from one parameter at rate 1: direction [n, ...], from its rows int64 [n], or from all of it (None)."""
 
     parameter: str
     rows: torch.Tensor | None
@@ -40,8 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """A normalised step. unmoved: how many of its filters it leaves alone because their gradient's norm is 0 (all or none, where one
-    norm serves them all)."""
+    """A normalised step; without parts it changes nothing. unmoved: how many of its filters stay as they are because their gradient is 0."""
 
     parts: tuple[Part, ...]
     unmoved: int = 0
@@ -78,7 +77,7 @@ class Gradient:
             if len(inside):
                 chosen = torch.from_numpy(inside).to(self.parameters[name].device)
                 rows.append((name, chosen, self.parameters[name][chosen]))
-        return _normalised(rows, scope, len(columns))
+        return _normalised(rows, scope)
 
     def whole(self, which: str = "all", scope: str = "global") -> Step:
         """On `all` parameters, or on all `conv` weights (the 4-D ones). Only `conv` has the scope `filter`."""
@@ -87,7 +86,7 @@ class Gradient:
             raise ValueError("the whole network is not made of filters alone: its step has one norm (scope 'global')")
         _check(scope, SCOPES)
         names = self.parameters if which == "all" else self.kernels
-        return _normalised([(name, None, self.parameters[name]) for name in names], scope, self.layout.total)
+        return _normalised([(name, None, self.parameters[name]) for name in names], scope)
 
 
 def take(network: torch.nn.Module, layout: FilterLayout, image: torch.Tensor, label: int, columns: np.ndarray, scope: str = "global") -> Step:
@@ -95,17 +94,15 @@ def take(network: torch.nn.Module, layout: FilterLayout, image: torch.Tensor, la
     return Gradient(network, layout, image, label).step(columns, scope)
 
 
-def _normalised(rows: list[tuple[str, torch.Tensor | None, torch.Tensor]], scope: str, filters: int) -> Step:
-    squares = [g.double().square().flatten(1).sum(1) if scope == "filter" else g.double().square().sum() for _, _, g in rows]
-    if scope == "global":
-        norm = float(torch.stack([s.cpu() for s in squares]).sum().sqrt()) if squares else 0.0
-        return Step(tuple(Part(name, at, g / norm) for name, at, g in rows)) if norm > 0 else Step((), filters)
-    parts, unmoved = [], 0
-    for (name, at, g), square in zip(rows, squares):
-        norms = square.sqrt().view(-1, *[1] * (g.dim() - 1))
-        parts.append(Part(name, at, torch.where(norms > 0, g / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0).to(g.dtype)))
-        unmoved += int((norms == 0).sum())
-    return Step(tuple(parts) if unmoved < filters else (), unmoved)
+def _normalised(rows: list[tuple[str, torch.Tensor | None, torch.Tensor]], scope: str) -> Step:
+    """rows: (parameter, its rows, their gradient [n, ...]) of everything that moves."""
+    squares = [g.double().square().flatten(1).sum(1) if g.dim() == 4 else g.double().square().sum()[None] for _, _, g in rows]
+    unmoved = sum(int((s == 0).sum()) for s, (_, _, g) in zip(squares, rows) if g.dim() == 4)
+    whole = float(torch.stack([s.sum().cpu() for s in squares]).sum().sqrt()) if rows else 0.0
+    if whole == 0:
+        return Step((), unmoved)
+    norms = [s.sqrt().view(-1, 1, 1, 1) if scope == "filter" else whole for s in squares]
+    return Step(tuple(Part(name, at, torch.nan_to_num(g.double() / norm, nan=0.0).to(g.dtype)) for (name, at, g), norm in zip(rows, norms)), unmoved)
 
 
 @dataclass(frozen=True)
@@ -120,20 +117,26 @@ class Group:
 class Tuner:
     """Logits of many updated networks. network: in eval mode; images: float32 [B, 3, H, W], real ones, on which it is watched.
 
-    Raises BadRequest if an image's logits depend on who shares its batch.
+    linear: the parameters (name -> layer) whose steps are added to maps; other steps are written in place. Raises BadRequest if an image's
+    logits depend on which images share its batch.
     """
 
     def __init__(self, network: torch.nn.Module, layout: FilterLayout, images: torch.Tensor):
-        self.network, self.layout = network, layout
+        self.network, self.layout, self.linear = network, layout, {}
         self.plan = watch(network, layout, images)
-        self.forward = Forward(network, self.plan, images)
-        layers = {name: layer for layer, name in enumerate(n for n, p in network.named_parameters() if p.dim() == 4)}
-        self.linear = {name: layer for name, layer in layers.items() if layer not in self.plan.strange and all(self.plan.uses[c].plain for c in self.plan.calls.get(layer, ()))}
+        try:
+            self.forward = Forward(network, self.plan, images)
+        except BadRequest:  # then every step is written in place
+            self.forward = None
+            return
+        for layer, name in enumerate(name for name, p in network.named_parameters() if p.dim() == 4):
+            if layer not in self.plan.strange and all(self.plan.uses[call].plain for call in self.plan.calls.get(layer, ())):
+                self.linear[name] = layer
 
     def logits(self, images: torch.Tensor, groups: Sequence[Group]) -> list[torch.Tensor]:
-        """Logits [n, C] of every group, in their order. images: float32 [S, 3, H, W]. Groups are batched in the order of their first change."""
+        """Logits [n, C] of every group, in their order. images: float32 [S, 3, H, W]."""
         answers: list[torch.Tensor | None] = [None] * len(groups)
-        added = [i for i, group in enumerate(groups) if all(p.rows is not None and p.parameter in self.linear for p in group.step.parts)]
+        added = [i for i, g in enumerate(groups) if len(g.images) and self.forward and all(p.rows is not None and p.parameter in self.linear for p in g.step.parts)]
         for i in sorted(set(range(len(groups))) - set(added)):
             with written(self.network, groups[i].step, groups[i].rate):
                 answers[i] = self._plain(images[groups[i].images.to(images.device)])
@@ -151,22 +154,21 @@ class Tuner:
 
     @torch.inference_mode()
     def _plain(self, images: torch.Tensor) -> torch.Tensor:
-        if self.forward.channels_last:
+        if self.forward and self.forward.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         size = 2 * batch_size(images)
         return torch.cat([self.network(images[i : i + size]) for i in range(0, max(1, len(images)), size)])
 
 
 def _batches(order: list[int], groups: Sequence[Group], size: int) -> Iterator[list[int]]:
-    """Stretches of the order of about `size` images, a group never cut."""
+    """Stretches of the order with up to `size` images; a group is never cut, and a larger one stands alone."""
     batch, rows = [], 0
     for i in order:
         if batch and rows + len(groups[i].images) > size:
             yield batch
             batch, rows = [], 0
-        if len(groups[i].images):
-            batch.append(i)
-            rows += len(groups[i].images)
+        batch.append(i)
+        rows += len(groups[i].images)
     if batch:
         yield batch
 
@@ -188,13 +190,10 @@ class _Rows:
 
     def apply(self, call: int, use: Use, input: torch.Tensor, output: torch.Tensor, rows: torch.Tensor) -> None:
         for branches, part, rate in self.calls[call]:
-            at = rows[branches]
-            if torch.equal(at, torch.arange(int(at[0]), int(at[0]) + len(at))):
-                at = slice(int(at[0]), int(at[0]) + len(at))  # a view instead of a copy
-            else:
-                at = at.to(input.device)
+            start = int(rows[branches.start])  # a group's branches join together, and so stay side by side
+            at = slice(start, start + branches.stop - branches.start)
             kernel = part.direction * (-rate * use.scale[part.rows])[:, None, None, None]
-            output[at, part.rows] += use.convolve(input[at], kernel)
+            output[at].index_add_(1, part.rows, use.convolve(input[at], kernel, part.rows))
 
 
 @contextmanager
