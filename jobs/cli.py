@@ -241,6 +241,30 @@ def profile(
 
 
 @app.command()
+def prune(
+    run: RunOption,
+    dataset: Dataset = None,
+    ks: Annotated[Optional[str], typer.Option("-k", help="How many filters are turned off, for example 1,5,20. Default: 1,2,5,10,20,50,100.")] = None,
+    mode: Annotated[str, typer.Option(help="map: a filter's map after its BatchNorm is zero; weights-and-bias: its weights and the BatchNorm's bias are, as in the paper, which leaves a constant.")] = "map",
+    reference: Reference = None,
+    max_samples: MaxSamples = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    device: Device = None,
+    actors: Actors = None,
+    address: Address = None,
+    format: Record = "table",
+) -> None:
+    """Turn filters of every misclassified sample off, and see whether it comes right: figure 3 of the paper."""
+    from jobs import output
+    from jobs.experiment import Request
+    from jobs.prune import prune as job
+
+    output.check(format, ("table", "json"))
+    _told(job(Request(run, dataset, reference, max_samples, seed, fresh, device, _actors(actors), address), ks, mode), format)
+
+
+@app.command()
 def status(run: RunOption, format: Annotated[str, typer.Option("--format", help="table or json, on stdout.")] = "table") -> None:
     """Per data set: done, pending, set aside, rate."""
     from index import Run

@@ -35,6 +35,10 @@ class Evaluate:
     subset: str = "errors"
     figures: tuple[str, ...] = ("agreement", "errors", "colours", "neighbours", "ends")
 
+    @property
+    def also(self) -> tuple[str, ...]:
+        return self.experiment.datasets
+
     def cost(self, samples: int) -> str:
         among = self.experiment.datasets
         return f"the {self.experiment.k} nearest of {samples:,} errors of {self.experiment.source} in {' and '.join(among)}, five ways; one pass over their profiles a unit, no image"

@@ -74,6 +74,7 @@ class Verb(Protocol):
     experiment: Experiment
     subset: str  # of the data set: errors, correct or all
     figures: tuple[str, ...]  # their names, without .png and .svg
+    also: tuple[str, ...]  # further data sets whose profiles it reads, and their images where it needs images
 
     def cost(self, samples: int) -> str:
         """Said before anything is computed: how much work it is."""
@@ -107,8 +108,10 @@ def carry_out(verb: Verb, request: Request) -> dict:
             _discard(folder)
         done = {file.stem for file in results(store.run, name)}
         todo = [(unit, count) for unit, count in chosen if unit.stem not in done]
-        if experiment.images:
+        if experiment.images and todo:
             _refuse_changed_source(store, dataset, {unit.shard for unit, _ in todo})
+            for other in verb.also:
+                _refuse_changed_source(store, other, {shard.name for shard in store.census(other).asked})
         if todo:
             say(f"{name}: {verb.cost(samples)}" + (f"; {len(done)} of {len(chosen)} units are done" if done else ""))
             _do(store, experiment, request, dataset, choice, todo, samples, settings)
@@ -139,7 +142,7 @@ def _settings(store: Store, experiment: Experiment, verb: Verb, request: Request
     """Everything that decides the rows, as settings.json has it."""
     statistics = (store.run / "statistics" / f"{reference}.parquet").read_bytes()
     asked = {"dataset": dataset, "reference": reference, "subset": verb.subset, "max_samples": request.max_samples, "seed": request.seed} | experiment.settings()
-    found = {"run": store.manifest().fingerprint, "profiles": profiles_digest(store, dataset), "statistics_sha256": hashlib.sha256(statistics).hexdigest()}
+    found = {"run": store.manifest().fingerprint, "profiles": [profiles_digest(store, d) for d in (dataset, *verb.also)], "statistics_sha256": hashlib.sha256(statistics).hexdigest()}
     return json.loads(json.dumps(asked | found))
 
 
@@ -149,7 +152,7 @@ def _discards(store: Store, name: str, settings: dict, fresh: bool | None) -> bo
     if fresh or not path.exists():
         return bool(fresh)
     before = read_json(path)
-    words = {"run": "the run itself has changed", "profiles": f"the profiles of {printable(settings['dataset'])} have changed", "statistics_sha256": f"the statistics of {printable(settings['reference'])} have changed"}
+    words = {"run": "the run itself has changed", "profiles": f"the profiles of {' or '.join(map(printable, (settings['dataset'], *settings.get('datasets', ()))))} have changed", "statistics_sha256": f"the statistics of {printable(settings['reference'])} have changed"}
     faults = [words.get(key) or f"{key.replace('_', ' ')} {_short(before.get(key))}, not {_short(settings.get(key))}" for key in dict.fromkeys([*settings, *before]) if before.get(key) != settings.get(key)]
     if faults and fresh is False:
         raise BadRequest(f"{printable(path.parent)} was made with other settings: {'; '.join(faults)}. Ask for the same again, or add --fresh to discard what is there")

@@ -31,6 +31,7 @@ class Profile:
     seed: int
     subset: str = "all"
     figures: tuple[str, ...] = ("saliency", "standardised", "depth")
+    also: tuple[str, ...] = ()
 
     def cost(self, samples: int) -> str:
         return f"the profiles of {samples:,} samples are read twice, no image"

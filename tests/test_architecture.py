@@ -19,10 +19,9 @@ LAYERS = [
     {"pipeline.profiler"},
     {"pipeline.worker"},
     {"pipeline.interventions"},
-]  # each may import those above it, and modules of its own room (sources, saliency, interventions)
     {"pipeline.experiment"},
     {"pipeline.depth"},
-]  # each may import those above it, and modules of its own room (sources, saliency)
+]  # each may import those above it, and modules of its own room (sources, saliency, interventions)
 FORBIDDEN = {
     "pipeline": {"index", "jobs", "ray", "faiss", "tests"},
     "index": {"jobs", "ray", "torch", "torchvision", "tests"},

@@ -60,6 +60,7 @@ class Verb:
     experiment: Shades = Shades()
     subset: str = "errors"
     figures: tuple[str, ...] = ("shades",)
+    also: tuple[str, ...] = ()
 
     def cost(self, samples):
         return f"{samples} images are looked at"
