@@ -15,26 +15,14 @@ from typing import Annotated, Optional
 
 import typer
 
+from jobs import evidence
+from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines
 from jobs.progress import ProgressBar, say
 from pipeline.errors import BadRequest, Fault, Stopped, printable
 
 app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Which filters made an image classifier err, and which other images fail for the same reason.")
 statistics_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Statistics (mu and sigma of every filter) that runs are standardised by.")
 app.add_typer(statistics_app, name="statistics")
-
-RunOption = Annotated[Path, typer.Option("--run", help="The run directory.", show_default=False)]
-Format = Annotated[str, typer.Option("--format", help="table, json or parquet, on stdout.")]
-Name = Annotated[Optional[str], typer.Option("--name", help="Which index. Default: errors, or the only one.")]
-Dataset = Annotated[Optional[str], typer.Option(help="Which data set of the run. Default: val, or the only one.")]
-Reference = Annotated[Optional[str], typer.Option(help="Whose mu and sigma standardise: a data set of the run, or imported statistics. Default: val, or the data set itself.")]
-MaxSamples = Annotated[Optional[int], typer.Option(help="Only N samples, chosen by --seed. Default: all.")]
-Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Discard this verb's earlier results, made with other settings.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: GPUs where there are any now.")]
-Actors = Annotated[Optional[str], typer.Option(help="How many engines, N or MIN-MAX. Default: one a GPU, or one for every 4 CPUs.")]
-Address = Annotated[Optional[str], typer.Option(help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")]
-Record = Annotated[str, typer.Option("--format", help="table or json, on stdout.")]
-Layers = Annotated[Optional[str], typer.Option("--layers", help="A range of layers, FIRST..LAST, both included, or one layer.")]
 
 
 @app.command()
@@ -57,18 +45,18 @@ def extract(
     precision: Annotated[Optional[str], typer.Option(help="fp32, tf32 or bf16. Default: fp32.")] = None,
     aggregation: Annotated[str, typer.Option(help="abs: mean |gradient| of a filter's weights; signed: |mean gradient|, as the authors' earlier code.")] = "abs",
     batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: 128 on a GPU; on a CPU 8, or 32 for small images.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: GPUs where there are any now; say cuda for a cluster that starts its GPU nodes on demand.")] = None,
-    actors: Annotated[Optional[str], typer.Option(help="How many engines, N or MIN-MAX. Default: one a GPU, or one for every 4 CPUs.")] = None,
+    device: Device = None,
+    actors: Actors = None,
     max_samples: Annotated[Optional[int], typer.Option(help="Only the first N samples, for a first try; the rest can follow later.")] = None,
     shards: Annotated[Optional[int], typer.Option(help="Only the first N shards, for a first try.")] = None,
     max_rejects: Annotated[Optional[int], typer.Option(help="More samples set aside than this end in exit code 3. Default: 1% of the samples.")] = None,
-    address: Annotated[Optional[str], typer.Option(help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")] = None,
+    address: Address = None,
     devkit: Annotated[Optional[str], typer.Option(help="ILSVRC2012_devkit_t12, the folder or its tar.gz, for ImageNet's flat validation folder. Default: the one in or beside it.")] = None,
 ) -> None:
     """Shards to filter saliency profiles. The same command again resumes, and is free when all is there."""
     from jobs.extract import Settings, extract as job
 
-    bounds = _actors(actors)
+    bounds = engines(actors)
     result = job(Settings(run, dataset, source, model, weights, preprocess, engine, precision, aggregation, batch_size, device, bounds, max_samples, shards, max_rejects, address, devkit))
     p = result.progress
     done = "nothing to do" if not result.units_run else f"{result.units_run} unit{'s' * (result.units_run != 1)}"
@@ -204,7 +192,7 @@ def neighbors(
 
     output.check(format, ("table", "json"))
     opened = Run.open(run)
-    request = Request(run, source, None, max_samples, seed, None, None, _actors(actors), address)
+    request = Request(run, source, None, max_samples, seed, None, None, engines(actors), address)
     if evaluate:
         request.check()
         request.dataset_of(opened.store)
@@ -218,82 +206,18 @@ def neighbors(
         say(summary["found"])
 
 
-@app.command()
-def profile(
-    run: RunOption,
-    sample: Annotated[Optional[str], typer.Argument(metavar="[ID]", help="sample_id, or dataset:sample_id: its own profile is drawn too.", show_default=False)] = None,
-    dataset: Dataset = None,
-    reference: Reference = None,
-    max_samples: MaxSamples = None,
-    seed: Seed = 0,
-    fresh: Fresh = False,
-    actors: Actors = None,
-    address: Address = None,
-    format: Record = "table",
-) -> None:
-    """How salient errors are, and where in the network: figures 1 and 2 of the paper."""
-    from jobs import output
-    from jobs.experiment import Request
-    from jobs.profile import profile as job
-
-    output.check(format, ("table", "json"))
-    _told(job(Request(run, dataset, reference, max_samples, seed, fresh, None, _actors(actors), address), sample), format)
+for verb in evidence.VERBS:
+    app.command()(verb)
 
 
 @app.command()
-def prune(
-    run: RunOption,
-    dataset: Dataset = None,
-    ks: Annotated[Optional[str], typer.Option("-k", help="How many filters are turned off, for example 1,5,20. Default: 1,2,5,10,20,50,100.")] = None,
-    mode: Annotated[str, typer.Option(help="map: a filter's map after its BatchNorm is zero; weights-and-bias: its weights and the BatchNorm's bias are, as in the paper, which leaves a constant.")] = "map",
-    reference: Reference = None,
-    max_samples: MaxSamples = None,
-    seed: Seed = 0,
-    fresh: Fresh = False,
-    device: Device = None,
-    actors: Actors = None,
-    address: Address = None,
-    format: Record = "table",
-) -> None:
-    """Turn filters of every misclassified sample off, and see whether it comes right: figure 3 of the paper."""
-    from jobs import output
-    from jobs.experiment import Request
-    from jobs.prune import prune as job
-
-    output.check(format, ("table", "json"))
-    _told(job(Request(run, dataset, reference, max_samples, seed, fresh, device, _actors(actors), address), ks, mode), format)
-
-
-@app.command()
-def status(run: RunOption, format: Annotated[str, typer.Option("--format", help="table or json, on stdout.")] = "table") -> None:
+def status(run: RunOption, format: Record = "table") -> None:
     """Per data set: done, pending, set aside, rate."""
     from index import Run
     from jobs import output
 
     output.check(format, ("table", "json"))
     output.status({name: p.__dict__ for name, p in Run.open(run).status().items()}, format)
-
-
-def _told(summary: dict, format: str) -> None:
-    """An experiment's numbers on stdout, and what they mean as the last line of stderr."""
-    from jobs import output
-
-    output.record(summary["result"], format)
-    say(summary["found"])
-
-
-def _actors(text: str | None) -> tuple[int, int] | None:
-    """`N` or `MIN-MAX`."""
-    if text is None:
-        return None
-    least, dash, most = text.partition("-")
-    try:
-        bounds = int(least), int(most if dash else least)
-    except ValueError:
-        bounds = 0, 0
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise BadRequest(f"--actors: '{printable(text)}' is neither a number N from 1 nor a range MIN-MAX")
-    return bounds
 
 
 def main() -> None:
