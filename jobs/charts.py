@@ -86,7 +86,7 @@ def within_layers(path: Path, lines: dict[str, list[Sequence[float]]], layers: l
             axes.axvline(at, color=FAINT, linewidth=0.25, alpha=0.5)
         _name_layers(axes, page, layers)
 
-    _chart(path, words, draw, legend=len(lines) > 1)
+    _chart(path, words, draw, legend="best" if len(lines) > 1 else None)
 
 
 def bars(path: Path, intervals: dict[str, tuple[float, float, float]], words: Words) -> None:
@@ -100,7 +100,7 @@ def bars(path: Path, intervals: dict[str, tuple[float, float, float]], words: Wo
         axes.set_yticks(range(len(intervals)), [page.shorten(name, 2.2, SMALL) for name in intervals])
         axes.set_ylim(len(intervals) - 0.4, -0.6)
 
-    _chart(path, words, draw, legend=False, height=1.3 + 0.5 * len(intervals))
+    _chart(path, words, draw, legend=None, height=1.3 + 0.5 * len(intervals))
 
 
 def plane(path: Path, points: dict[str, list[tuple[dict, dict, str]]], words: Words) -> None:
@@ -114,7 +114,7 @@ def plane(path: Path, points: dict[str, list[tuple[dict, dict, str]]], words: Wo
             for x, y, (_, _, text) in zip(across[0], up[0], of):
                 axes.annotate(page.safe(text), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL - 2, color=FAINT)
 
-    _chart(path, words, draw, height=4.6)
+    _chart(path, words, draw, legend="lower right", height=4.6)
 
 
 def _bands(axes: Axes, page: Page, x: Sequence[float], bands: dict[str, Band], marked: bool) -> None:
@@ -130,7 +130,7 @@ def _name_layers(axes: Axes, page: Page, layers: list[str]) -> None:
     axes.set_xlim(0, len(layers))
 
 
-def _chart(path: Path, words: Words, draw: Callable[[Axes, Page], None], legend: bool = True, height: float = HEIGHT) -> None:
+def _chart(path: Path, words: Words, draw: Callable[[Axes, Page], None], legend: str | None = "best", height: float = HEIGHT) -> None:
     """Raises BadRequest if a file cannot be written."""
     with own_settings():
         page = Page()
@@ -145,7 +145,7 @@ def _chart(path: Path, words: Words, draw: Callable[[Axes, Page], None], legend:
         if words.note:
             figure.supxlabel(page.safe(words.note), fontsize=SMALL - 1, color=FAINT, x=0.99, ha="right")
         if legend:
-            axes.legend(frameon=False, fontsize=SMALL, handlelength=3.4)
+            axes.legend(loc=legend, frameon=False, fontsize=SMALL, handlelength=3.4)
         for text in figure.findobj(lambda artist: hasattr(artist, "set_fontfamily")):
             text.set_fontfamily(page.families)
         axes.tick_params(labelsize=SMALL)

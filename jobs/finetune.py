@@ -171,8 +171,8 @@ class FineTune:
                     bands[name] = tuple([p[key] for p in points] for key in ("estimate", "low", "high"))
             words = charts.Words(f"Fine-tuning: {asked}", "filters that take the step", up, f"rate {rate:g}; bands: 95% bootstrap intervals over samples")
             charts.curves(folder / figure, summary["k"], bands, words, log=True)
-        points = {name: [(e["broken"], e["neighbors_corrected"], f"{e['k']}, {e['rate']:g}") for e in summary["effects"] if e["strategy"] == s and "broken" in e and "neighbors_corrected" in e] for s, name in names.items()}
-        words = charts.Words(f"Repaired against broken: {asked}", "share of correctly classified samples broken", f"share of the {NEIGHBOURS} nearest errors corrected", "beside each point: filters, rate; bars: 95% bootstrap intervals over samples")
+        points = {name: [(e["broken"], e["neighbors_corrected"], f"{e['k']}" + (f", {e['rate']:g}" if len(summary["rates"]) > 1 else "")) for e in summary["effects"] if e["strategy"] == s and "broken" in e and "neighbors_corrected" in e] for s, name in names.items()}
+        words = charts.Words(f"Repaired against broken: {asked}", "share of correctly classified samples broken", f"share of the {NEIGHBOURS} nearest errors corrected", f"beside each point: filters{', rate' if len(summary['rates']) > 1 else f' (rate {rate:g})'}; bars: 95% bootstrap intervals over samples")
         charts.plane(folder / "frontier", {name: p for name, p in points.items() if p}, words)
 
 
