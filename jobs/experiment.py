@@ -20,8 +20,9 @@ from jobs import cluster
 from jobs.progress import ProgressBar, say
 from jobs.work import Work, hold, run_units, undone
 from pipeline.errors import BadRequest, printable
-from pipeline.experiment import Choice, Experiment, Gatherer, ResultWriter, changed_shards, read_results, results, results_folder, set_aside, units_of
+from pipeline.experiment import Choice, Experiment, Gatherer, ResultWriter, changed_shards, read_results, results, results_folder, set_aside, units_of, unpack
 from pipeline.manifest import read_json, write_json
+from pipeline.samples import Sample
 from pipeline.statistics import Reference
 from pipeline.store import Store
 from pipeline.units import Unit
@@ -76,6 +77,9 @@ class Verb(Protocol):
     figures: tuple[str, ...]  # their names, without .png and .svg
     also: tuple[str, ...]  # further data sets whose profiles it reads, and their images where it needs images
 
+    def check(self, store: Store, samples: list[Sample]) -> None:
+        """Where it needs images, with a few of them, before anything is done. Raises BadRequest if it cannot be done with this network."""
+
     def cost(self, samples: int) -> str:
         """Said before anything is computed: how much work it is."""
 
@@ -112,6 +116,7 @@ def carry_out(verb: Verb, request: Request) -> dict:
             _refuse_changed_source(store, dataset, {unit.shard for unit, _ in todo})
             for other in verb.also:
                 _refuse_changed_source(store, other, {shard.name for shard in store.census(other).asked})
+            verb.check(store, unpack(Gatherer.of(store, dataset, choice, (), True).gather(todo[0][0]))[0][:3])
         if todo:
             say(f"{name}: {verb.cost(samples)}" + (f"; {len(done)} of {len(chosen)} units are done" if done else ""))
             _do(store, experiment, request, dataset, choice, todo, samples, settings)

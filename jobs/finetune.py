@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from jobs.experiment import Request, carry_out
 from jobs.neighbors import own_rows
 from jobs.prune import grid_of
 from pipeline.errors import BadRequest, printable
-from pipeline.experiment import Choice, Rows, gathered, network_of
+from pipeline.experiment import Choice, Rows, batches, gathered, images_of, network_of
 from pipeline.intervals import Interval, bootstrap_means
 from pipeline.manifest import Manifest
 from pipeline.samples import Sample
@@ -104,8 +105,6 @@ class Bench:
         return [others[i] for i in drawn[:CONTROLS].tolist()]
 
     def _some(self, samples: Sequence[Sample], standardised: np.ndarray, near: list[list[Sample]]) -> pa.Table:
-        import torch
-
         from pipeline.interventions.finetuning import Tuner
         from pipeline.interventions.transfer import Case, transfers
 
@@ -121,7 +120,7 @@ class Bench:
         cases = [Case(s.sample_id, put(s), z, np.array([put(n) for n in neighbours], np.int64), np.array([put(c) for c in self._controls(s)], np.int64)) for s, z, neighbours in zip(samples, standardised, near)]
         if len({s.pixels.shape for s in needed}) > 1:
             raise ValueError("its images have several sizes; finetune needs a run whose preprocessing gives one (crop)")
-        images = self.manifest.preprocessing.normalise(torch.from_numpy(np.stack([s.pixels for s in needed])).to(self.device))
+        images = images_of(needed, self.manifest.preprocessing, self.device)
         self.tuner = self.tuner or Tuner(self.network, self.manifest.layers, images[:3])
         e = self.experiment
         return transfers(self.tuner, images, np.array([s.label for s in needed]), cases, self.standard.live, e.grid, e.rates, tuple(STRATEGIES), e.scope, e.seed)
@@ -138,6 +137,16 @@ class FineTune:
     @property
     def also(self) -> tuple[str, ...]:
         return (self.experiment.within,)
+
+    def check(self, store: Store, samples: list[Sample]) -> None:
+        """Raises BadRequest if an image's logits depend on its batch, or if images have several sizes."""
+        from pipeline.interventions.finetuning import Tuner
+
+        manifest, network = network_of(store.run, "cpu")
+        if len({s.pixels.shape for s in samples}) > 1:
+            raise BadRequest("the images of this run have several sizes; finetune needs a run whose preprocessing gives one: extract with --preprocess crop=N")
+        for at in islice(batches(samples, 3), 1):
+            Tuner(network, manifest.layers, images_of([samples[i] for i in at], manifest.preprocessing, "cpu"))
 
     def cost(self, samples: int) -> str:
         steps = samples * self.experiment.steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pyarrow.compute as pc
 from jobs import charts
 from jobs.experiment import Request, carry_out
 from pipeline.errors import BadRequest, printable
-from pipeline.experiment import Rows, batches, network_of
+from pipeline.experiment import Rows, batches, images_of, network_of
 from pipeline.intervals import Interval, bootstrap_means, wilson
+from pipeline.samples import Sample
 from pipeline.statistics import Reference
 from pipeline.store import Store, saliency_of
 
@@ -45,8 +47,6 @@ class Pruning:
         return {"strategies": list(STRATEGIES), "k": list(self.grid), "mode": self.mode}
 
     def start(self, run: Path, device: str) -> Rows:
-        import torch
-
         from pipeline.interventions.pruning import Pruner, effects
 
         manifest, network = network_of(run, device)
@@ -56,7 +56,7 @@ class Pruning:
         def rows(samples, profiles):
             parts = []
             for at in batches(samples, 1024):
-                images = manifest.preprocessing.normalise(torch.from_numpy(np.stack([samples[i].pixels for i in at])).to(device))
+                images = images_of([samples[i] for i in at], manifest.preprocessing, device)
                 shape = tuple(images.shape[1:])
                 if shape not in pruners:
                     pruners[shape] = Pruner(network, manifest.layers, images[:3], self.mode)
@@ -76,6 +76,14 @@ class Prune:
     subset: str = "errors"
     figures: tuple[str, ...] = ("wrong_confidence", "true_confidence", "corrected")
     also: tuple[str, ...] = ()
+
+    def check(self, store: Store, samples: list[Sample]) -> None:
+        """Raises BadRequest if what a filter's map is cannot be told."""
+        from pipeline.interventions.pruning import Pruner
+
+        manifest, network = network_of(store.run, "cpu")
+        for at in islice(batches(samples, 3), 1):
+            Pruner(network, manifest.layers, images_of([samples[i] for i in at], manifest.preprocessing, "cpu"), self.experiment.mode)
 
     def cost(self, samples: int) -> str:
         pairs = samples * len(STRATEGIES) * len(self.experiment.grid)

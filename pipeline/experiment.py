@@ -217,6 +217,13 @@ def batches(samples: list[Sample], most: int) -> Iterator[list[int]]:
         yield from (alike[first : first + most] for first in range(0, len(alike), most))
 
 
+def images_of(samples: list[Sample], preprocessing: Preprocessing, device: str) -> torch.Tensor:
+    """float32 [B, 3, H, W] of samples of one shape, as the network takes them."""
+    import torch
+
+    return preprocessing.normalise(torch.from_numpy(np.stack([s.pixels for s in samples])).to(device))
+
+
 def network_of(run: Path, device: str) -> tuple[Manifest, torch.nn.Module]:
     """A run's network on a device, from the run directory alone. Sets the process's threads and precision, as run.json says."""
     import torch

@@ -62,6 +62,10 @@ class Verb:
     figures: tuple[str, ...] = ("shades",)
     also: tuple[str, ...] = ()
 
+    def check(self, store, samples):
+        if self.experiment.power > 9:
+            raise BadRequest(f"no network can do that, as {len(samples)} images show")
+
     def cost(self, samples):
         return f"{samples} images are looked at"
 
@@ -241,6 +245,12 @@ def test_a_request_that_is_wrong_is_refused(mine, options, says):
     with pytest.raises(BadRequest, match=says):
         shades(mine, **options)
     assert not (mine.run / "experiments").exists()
+
+
+def test_a_network_that_cannot_do_it_is_refused_before_anything_is_done(mine):
+    with pytest.raises(BadRequest, match="as 3 images show"):
+        shades(mine, experiment=Shades(power=10))
+    assert not [p for p in (mine.run / "experiments/shades").iterdir() if p.name != ".lock"]
 
 
 def test_a_second_job_is_refused(mine):
