@@ -5,7 +5,7 @@ Every query counts once: what its neighbours say is averaged first, then interva
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,7 @@ def evaluate(run: Run, source: str, within: str | None, name: str | None, split:
     index.range_of(within)
     ends(run.manifest.layers, split)
     experiment = Evaluation(run.manifest.layers, source, (within,) if within else tuple(index.datasets), index.about["reference"], split, request.seed)
-    return carry_out(Evaluate(experiment), request)
+    return carry_out(Evaluate(experiment), replace(request, reference=index.about["reference"]))
 
 
 class _Queries:

@@ -5,7 +5,7 @@ filters: what it repairs of the nearest misclassified samples of a held-out set,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -196,7 +196,7 @@ def finetune(request: Request, within: str, ks: str | None, rates: str | None, s
     grid = grid_of(ks, tuple(sorted({1, 2, 5, 10, max(1, total // 100)} | ({20} if total >= 2000 else set()))), total)
     source = request.dataset_of(run.store)
     experiment = FineTuning(source, within, index.folder.name, index.about["reference"], grid, rates_of(rates), scope, request.seed)
-    return carry_out(FineTune(experiment), request)
+    return carry_out(FineTune(experiment), replace(request, reference=index.about["reference"]))
 
 
 def rates_of(text: str | None) -> tuple[float, ...]:

@@ -160,6 +160,15 @@ def test_a_request_that_is_wrong_is_refused_before_anything_is_written(copied, t
     assert says in message and not (tmp_path / "n.parquet").exists() and not (copied.run / "experiments").exists()
 
 
+def test_the_reference_is_the_indexs(copied, tmp_path):
+    """Whatever --reference the index was built with standardises here too."""
+    assert tiny.call("index", "--run", copied.run, "--datasets", "val,v2", "--reference", "v2").code == 0
+    _, summary = ask(copied, tmp_path, "--from", "val", "--in", "v2", "-k", 3)
+    assert summary["settings"]["reference"] == "v2"
+    best = {row["query_id"]: row["sample_id"] for row in pq.read_table(tmp_path / "n.parquet").to_pylist() if row["rank"] == 1}
+    assert best == {row["sample_id"]: row["neighbor_id"] for row in tables(copied.run) if row["setting"] == "standardised" and row["rank"] == 1}
+
+
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
