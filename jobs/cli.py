@@ -15,17 +15,14 @@ from typing import Annotated, Optional
 
 import typer
 
+from jobs import evidence
+from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines
 from jobs.progress import ProgressBar, say
 from pipeline.errors import BadRequest, Fault, Stopped, printable
 
 app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Which filters made an image classifier err, and which other images fail for the same reason.")
 statistics_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Statistics (mu and sigma of every filter) that runs are standardised by.")
 app.add_typer(statistics_app, name="statistics")
-
-RunOption = Annotated[Path, typer.Option("--run", help="The run directory.", show_default=False)]
-Format = Annotated[str, typer.Option("--format", help="table, json or parquet, on stdout.")]
-Name = Annotated[Optional[str], typer.Option("--name", help="Which index. Default: errors, or the only one.")]
-Layers = Annotated[Optional[str], typer.Option("--layers", help="A range of layers, FIRST..LAST, both included, or one layer.")]
 
 
 @app.command()
@@ -69,19 +66,19 @@ def extract(
     precision: Annotated[Optional[str], typer.Option(help="fp32, tf32 or bf16. Default: fp32.")] = None,
     aggregation: Annotated[str, typer.Option(help="abs: mean |gradient| of a filter's weights; signed: |mean gradient|, as the authors' earlier code.")] = "abs",
     batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: 128 on a GPU; on a CPU 8, or 32 for small images.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: GPUs where there are any now; say cuda for a cluster that starts its GPU nodes on demand.")] = None,
-    actors: Annotated[Optional[str], typer.Option(help="How many engines, N or MIN-MAX. Default: one a GPU, or one for every 4 CPUs.")] = None,
+    device: Device = None,
+    actors: Actors = None,
     max_samples: Annotated[Optional[int], typer.Option(help="Only the first N samples, for a first try; the rest can follow later.")] = None,
     shards: Annotated[Optional[int], typer.Option(help="Only the first N shards, for a first try.")] = None,
     max_rejects: Annotated[Optional[int], typer.Option(help="More samples set aside than this end in exit code 3. Default: 1% of the samples.")] = None,
-    address: Annotated[Optional[str], typer.Option(help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")] = None,
+    address: Address = None,
     devkit: Annotated[Optional[str], typer.Option(help="ILSVRC2012_devkit_t12, the folder or its tar.gz, for ImageNet's flat validation folder. Default: the one in or beside it.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Go on although the check of a few samples says that the result would be garbage.")] = False,
 ) -> None:
     """Shards to filter saliency profiles. The same command again resumes, and is free when all is there."""
     from jobs.extract import Settings, extract as job
 
-    bounds = _actors(actors)
+    bounds = engines(actors)
     result = job(Settings(run, dataset, source, model, weights, preprocess, engine, precision, aggregation, batch_size, device, bounds, max_samples, shards, max_rejects, address, devkit, force))
     p = result.progress
     done = "nothing to do" if not result.units_run else f"{result.units_run} unit{'s' * (result.units_run != 1)}"
@@ -200,43 +197,49 @@ def neighbors(
     layers: Layers = None,
     name: Name = None,
     everyone: Annotated[bool, typer.Option("--all", help="Correctly classified samples ask too.")] = False,
-    evaluate: Annotated[bool, typer.Option("--evaluate", help="Print how often neighbours share the (true, predicted) pair, beside chance.")] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Print how often neighbours share the (true, predicted) pair, beside chance, and write section 3.2 of the paper whole into experiments/neighbors.")] = False,
+    split: Annotated[Optional[str], typer.Option(help="Of --evaluate: compare the layers up to this one with those after it. Default: the first third of the filters with the last.")] = None,
+    max_samples: Annotated[Optional[int], typer.Option(help="Of --evaluate: only N errors, chosen by --seed. Default: all.")] = None,
+    seed: Seed = 0,
+    actors: Actors = None,
+    address: Address = None,
     format: Annotated[str, typer.Option("--format", help="table or json, of --evaluate.")] = "table",
 ) -> None:
     """The neighbours of all images of a data set, as one batch job."""
     from index import Run
+    from index.evaluate import ends
     from jobs import neighbors as job, output
+    from jobs.evaluation import evaluate as whole
+    from jobs.experiment import Request
 
     output.check_format(format, ("table", "json"))
     opened = Run.open(run)
+    request = Request(run, source, None, max_samples, seed, None, None, engines(actors), address)
+    if evaluate:
+        request.check()
+        request.dataset_of(opened.store)
+        ends(opened.manifest.layers, split)
     asked = job.neighbors(opened, source, within, k, out, layers, name, everyone)
     say(f"{printable(out)}: neighbours of {asked:,} images")
     if evaluate:
-        output.record(job.evaluate(opened, out, within, name).__dict__, format)
+        agreement = job.evaluate(opened, out, within, name)
+        summary = whole(opened, source, within, name, split, request)
+        output.record(agreement.__dict__ | summary["result"], format)
+        say(summary["found"])
+
+
+for verb in evidence.VERBS:
+    app.command()(verb)
 
 
 @app.command()
-def status(run: RunOption, format: Annotated[str, typer.Option("--format", help="table or json, on stdout.")] = "table") -> None:
+def status(run: RunOption, format: Record = "table") -> None:
     """Per data set: done, pending, set aside, rate."""
     from index import Run
     from jobs import output
 
     output.check_format(format, ("table", "json"))
     output.status({name: p.__dict__ for name, p in Run.open(run).status().items()}, format)
-
-
-def _actors(text: str | None) -> tuple[int, int] | None:
-    """`N` or `MIN-MAX`."""
-    if text is None:
-        return None
-    least, dash, most = text.partition("-")
-    try:
-        bounds = int(least), int(most if dash else least)
-    except ValueError:
-        bounds = 0, 0
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise BadRequest(f"--actors: '{printable(text)}' is neither a number N from 1 nor a range MIN-MAX")
-    return bounds
 
 
 def main() -> None:

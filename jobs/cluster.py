@@ -1,6 +1,7 @@
 """The one place that knows Ray: units in, receipts out, on this process, this machine or a cluster.
 
-Ray Data streams and retries: one row is one unit, decoded by CPU tasks, profiled and committed by a pool of actors (a GPU each where there are any).
+Ray Data streams and retries: one row is one unit, decoded by CPU tasks, then computed and committed by a pool of actors (a GPU each where there are any).
+What decodes and what writes is the caller's: both travel as they are, a writer as what makes one, so that each actor makes its own.
 Only receipts come back. Its settings here keep a unit whole and its retries bounded; each was measured.
 Small work runs in this process instead: the same units, the same two steps, the same files, without the seconds that a cluster takes to start.
 """
@@ -15,15 +16,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import BadRequest, Stopped, printable
-from pipeline.manifest import Manifest
 from pipeline.units import Unit
-from pipeline.worker import Decoder, Receipt, UnitWriter
+from pipeline.worker import Receipt
+
+Decode = Callable[[Unit], pa.Table]  # picklable
+MakeWriter = Callable[[], Callable[[pa.Table], Receipt]]  # picklable; called once a worker
 
 SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless one is asked for
 DECODE_CPUS = 0.5  # that a decode task reserves
@@ -88,14 +90,14 @@ def joins(address: str | None) -> bool:
 
 
 @contextmanager
-def workers(run: Path, decoder: Decoder, manifest: Manifest, device: str, address: str | None, actors: tuple[int, int] | None, samples: int) -> Iterator[Stream]:
-    """Workers for about `samples` samples: this process if that is little and nothing else was asked for, otherwise Ray."""
+def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str, address: str | None, actors: tuple[int, int] | None, samples: int) -> Iterator[Stream]:
+    """Workers for about `samples` samples, engines of `threads` threads: this process if that is little and nothing else was asked for, otherwise Ray."""
     if address is None and actors is None and not joins(None) and samples <= SMALL:
-        writer = UnitWriter(run, device)
-        yield Stream(lambda units, attempts: (writer(decoder(unit)) for unit in units), "starting in this process (small work; --address local starts Ray)")
+        write = make_writer()
+        yield Stream(lambda units, attempts: (write(decoder(unit)) for unit in units), "starting in this process (small work; --address local starts Ray)")
         return
     ray = _start(address)
-    yield Stream(lambda units, attempts: _stream(ray, run, decoder, manifest, device, actors, units, attempts), "waiting for the first unit: Ray's workers are starting (half a minute or so)")
+    yield Stream(lambda units, attempts: _stream(ray, decoder, make_writer, threads, device, actors, units, attempts), "waiting for the first unit: Ray's workers are starting (half a minute or so)")
 
 
 def _start(address: str | None):
@@ -149,7 +151,7 @@ def _muted() -> Iterator[None]:
         os.close(null)
 
 
-def _stream(ray, run: Path, decoder: Decoder, manifest: Manifest, device: str, actors: tuple[int, int] | None, units: list[Unit], attempts: int) -> Iterator[Receipt]:
+def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device: str, actors: tuple[int, int] | None, units: list[Unit], attempts: int) -> Iterator[Receipt]:
     """Receipts of `units` from Ray Data. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
 
     Raises Stopped if no worker can be started at all.
@@ -158,11 +160,11 @@ def _stream(ray, run: Path, decoder: Decoder, manifest: Manifest, device: str, a
 
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    least, most = actors or (max(1, gpus if device == "cuda" else cpus // max(ENGINE_THREADS, manifest.threads)),) * 2
+    least, most = actors or (max(1, gpus if device == "cuda" else cpus // max(ENGINE_THREADS, threads)),) * 2
     most = min(most, len(units))
     pool = ActorPoolStrategy(size=most) if least >= most else ActorPoolStrategy(min_size=least, max_size=most)
     largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
-    where = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": cpus_of_an_engine(min(manifest.threads, largest), most, cpus)}
+    where = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": cpus_of_an_engine(min(threads, largest), most, cpus)}
 
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a unit stays one block, however large
@@ -172,7 +174,7 @@ def _stream(ray, run: Path, decoder: Decoder, manifest: Manifest, device: str, a
     line = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))
     line = line.map_batches(_decode, fn_args=(decoder,), batch_size=1, batch_format="pyarrow", num_cpus=DECODE_CPUS, max_retries=attempts - 1)
     line = line.map_batches(
-        _Writer, fn_constructor_args=(str(run), device), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, compute=pool, max_task_retries=attempts - 1, **where
+        _Writer, fn_constructor_args=(make_writer,), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, compute=pool, max_task_retries=attempts - 1, **where
     )  # fmt: skip
     try:
         for row in line.iter_rows():
@@ -182,7 +184,7 @@ def _stream(ray, run: Path, decoder: Decoder, manifest: Manifest, device: str, a
         raise Stopped(f"Ray stopped the job: {printable(text[-1] if text else type(fault).__name__)[:300]}\nwhat is done is kept; the same command resumes") from None
 
 
-def _decode(batch: pa.Table, decoder: Decoder) -> pa.Table:
+def _decode(batch: pa.Table, decoder: Decode) -> pa.Table:
     """One row with a unit -> one row with its decoded samples. One row a unit, all along the line, is what keeps units whole."""
     sink = pa.BufferOutputStream()
     decoded = decoder(Unit.from_json(batch["unit"][0].as_py()))
@@ -194,10 +196,10 @@ def _decode(batch: pa.Table, decoder: Decoder) -> pa.Table:
 
 
 class _Writer:
-    """The actor: a `UnitWriter` from decoded units to receipts, a row each."""
+    """The actor: a writer from decoded units to receipts, a row each."""
 
-    def __init__(self, run: str, device: str):
-        self.write = UnitWriter(Path(run), device)
+    def __init__(self, make_writer: MakeWriter):
+        self.write = make_writer()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         with pa.ipc.open_stream(batch["decoded"][0].as_buffer()) as stream:

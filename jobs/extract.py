@@ -1,37 +1,35 @@
 """`faultline extract`: shards to profiles. The same command again resumes, and is free when all is there.
 
 Settings are checked and the run is described (run.json, weights, census) before any image is profiled. Then units that are not committed
-are streamed through `run_units`, in this process or on Ray, and the files are listed again: the truth is what exists.
+are streamed through `jobs/work.py`, in this process or on Ray, and the files are listed again: the truth is what exists.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import begin, cluster
 from jobs.progress import ProgressBar, say
+from jobs.work import ATTEMPTS, Work, hold, run_units
 from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.manifest import Manifest
 from pipeline.sources import Shard, Source, open_source
 from pipeline.statistics import IMPORTED, Reference
 from pipeline.store import Census, Progress, Store
 from pipeline.units import MOST, Unit
-from pipeline.worker import Decoder, Receipt
+from pipeline.worker import Decoder, UnitWriter
 
 if TYPE_CHECKING:  # torch is loaded for new runs alone
     from pipeline.models import Classifier
 
 DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 ENGINES, PRECISIONS, AGGREGATIONS = ("auto", "fused", "vmap"), ("fp32", "tf32", "bf16"), ("abs", "signed")
-ATTEMPTS = 3  # times a unit may fail or kill its worker before it is bisected
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def extract(settings: Settings) -> Outcome:
         store.write_census(settings.dataset, census)
         store.sweep(settings.dataset)
         todo = store.todo(settings.dataset, manifest.unit_samples)
-        units_run = run_units(store, settings, manifest, census, todo) if todo else 0
+        units_run = do(store, settings, manifest, census, todo) if todo else 0
     return outcome(store, settings, units_run)
 
 
@@ -202,53 +200,25 @@ def _is_same_file(weights: str | None, digest: str) -> bool:
         return file_digest(file, "sha256").hexdigest() == digest
 
 
-@contextmanager
-def only_writer(store: Store, dataset: str) -> Iterator[None]:
-    """Hold the data set against a second job; the lock dies with the process. Raises BadRequest if another job holds it."""
-    path = store.run / "datasets" / f".{dataset}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    except OSError as fault:
-        raise BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)})") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadRequest(f"another job is writing {printable(dataset)} of {printable(store.run)}: wait for it, or extract into another --dataset") from None
-        yield
+def only_writer(store: Store, dataset: str):
+    """Hold the data set against a second job. Raises BadRequest if another job holds it."""
+    return hold(store.run / "datasets" / f".{dataset}.lock", store.run, f"another job is writing {printable(dataset)} of {printable(store.run)}: wait for it, or extract into another --dataset")
 
 
-def run_units(store: Store, settings: Settings, manifest: Manifest, census: Census, todo: list[Unit]) -> int:
-    """Do every unit of `todo`; returns how many were run. A unit that keeps failing is cut in halves until its cause is alone, and set aside."""
-    decoder = Decoder(census.kind, census.root, manifest.preprocessing, manifest.classes)
-    faults: dict[str, str] = {}
-    units_run, barren = 0, 0
-    whole = sum(unit.samples for unit in todo)
+def do(store: Store, settings: Settings, manifest: Manifest, census: Census, todo: list[Unit]) -> int:
+    """Do every unit of `todo`; returns how many were run. A unit that keeps killing its workers is cut in halves until its cause is alone, and set aside."""
     device = cluster.device_for(settings.device, settings.address)
-    with cluster.workers(store.run, decoder, manifest, device, settings.address, settings.actors, whole) as stream, ProgressBar(settings.dataset, census.samples, census.samples - whole) as bar:
-        bar.waiting(stream.waiting)
-        while todo:
-            for receipt in stream(todo, ATTEMPTS if units_run == 0 or todo[0].samples == 1 else 1):
-                units_run += 1
-                _account(receipt, faults, bar)
-            left = [unit for unit in todo if not store.is_committed(unit)]
-            barren = barren + 1 if len(left) == len(todo) else 0
-            if any(unit.stem in faults for unit in left) or (barren and len(left) > 8) or barren > 3 and todo[0].samples > 1:
-                reason = next(iter(faults.values()), "their workers died without a word (out of memory?)")
-                raise Stopped(f"{len(left)} units of {printable(settings.dataset)} were not done: {reason}\nwhat is done is kept; the same command resumes")
-            todo = [half for unit in left for half in unit.halves()]
-            for unit in left:
-                if unit.samples == 1:
-                    _set_aside(store, source_id(census, unit), unit, bar)
-    return units_run
 
+    def give_up(unit: Unit) -> list[Unit]:
+        if unit.samples == 1:
+            _set_aside(store, source_id(census, unit), unit)
+        return unit.halves()
 
-def _account(receipt: Receipt, faults: dict[str, str], bar: ProgressBar) -> None:
-    if receipt.fault:
-        faults[receipt.stem] = receipt.fault
-    else:
-        bar.advance(receipt.samples)
+    work = Work(
+        settings.dataset, Decoder(census.kind, census.root, manifest.preprocessing, manifest.classes), partial(UnitWriter, store.run, device), store.is_committed, give_up,
+        manifest.threads, device, settings.address, settings.actors,
+    )  # fmt: skip
+    return run_units(work, todo, sum(unit.samples for unit in todo), census.samples)
 
 
 def source_id(census: Census, unit: Unit) -> str:
@@ -261,7 +231,7 @@ def source_id(census: Census, unit: Unit) -> str:
         return f"{unit.shard}#{unit.start}"
 
 
-def _set_aside(store: Store, sample_id: str, unit: Unit, bar: ProgressBar) -> None:
+def _set_aside(store: Store, sample_id: str, unit: Unit) -> None:
     """Commit a unit of one sample that cannot be survived: no profile, one reject."""
     import pyarrow as pa
 
@@ -269,7 +239,6 @@ def _set_aside(store: Store, sample_id: str, unit: Unit, bar: ProgressBar) -> No
 
     reason = f"it killed its worker process {ATTEMPTS} times"
     store.commit(unit, profiles_schema(store.manifest().layers.total).empty_table(), pa.table([[sample_id], [unit.shard], [reason]], schema=REJECTS))
-    bar.advance(1)
 
 
 def outcome(store: Store, settings: Settings, units_run: int) -> Outcome:

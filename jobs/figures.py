@@ -10,7 +10,8 @@ import io
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -60,15 +61,27 @@ def gallery(path: Path, query: dict, neighbours: list[dict], title: str) -> None
     """
     path = Path(path)
     check_gallery(path)
-    suffix = path.suffix.lower()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own settings must not reach text.usetex, nor the layout
-        matplotlib.rcParams.update({"svg.hashsalt": "gallery", "image.composite_image": False, "pdf.fonttype": 42})
+    with own_settings():
         figure = _gallery(query, neighbours, title)
         try:
-            _replace(path, lambda partial: figure.savefig(partial, format=suffix[1:], dpi=DPI, metadata=FORMATS[suffix]))
+            save(figure, path)
         except OSError as fault:
             raise BadRequest(f"--gallery: {printable(path)} cannot be written ({printable(fault)}): name a file in a folder that can be") from None
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """matplotlib as it comes: a user's own settings must not reach text.usetex, nor the layout; and texts of strangers are no formulas."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": "gallery", "image.composite_image": False, "pdf.fonttype": 42, "text.parse_math": False})
+        yield
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Into a file of one of `FORMATS`, with the same bytes every time, whole or not at all. Raises OSError."""
+    suffix = path.suffix.lower()
+    _replace(path, lambda partial: figure.savefig(partial, format=suffix[1:], dpi=DPI, metadata=FORMATS[suffix]))
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
@@ -79,25 +92,25 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
 
 def _gallery(query: dict, neighbours: list[dict], title: str) -> Figure:
     columns = _columns(len(neighbours))
-    page = _Page()
-    left, right, top = MARGIN, MARGIN + QUERY + CHANNEL, MARGIN + _lines(1, HEADING) + 0.16
+    page = Page()
+    left, right, top = MARGIN, MARGIN + QUERY + CHANNEL, MARGIN + lines_of(1, HEADING) + 0.16
     own, legend = page.caption(query, QUERY, LARGE), _legend(page, query, neighbours)
-    own_image = _enlarge(query["thumbnail"], QUERY)
-    bottom = top + _height(own_image) + 0.09 + _lines(len(own), LARGE) + sum(_lines(len(lines), SMALL) + 0.05 for _, lines in legend) + (0.15 if legend else 0)
+    own_image = enlarge(query["thumbnail"], QUERY)
+    bottom = top + height_of(own_image) + 0.09 + lines_of(len(own), LARGE) + sum(lines_of(len(lines), SMALL) + 0.05 for _, lines in legend) + (0.15 if legend else 0)
 
     rows, y = [], top  # (top, height of its tallest image, [(neighbour, its image, its caption)])
     for first in range(0, len(neighbours), columns):
-        row = [(n, _enlarge(n["thumbnail"], TILE), page.caption(n, TILE, SMALL)) for n in neighbours[first : first + columns]]
-        tallest = max(_height(pixels) for _, pixels, _ in row)
+        row = [(n, enlarge(n["thumbnail"], TILE), page.caption(n, TILE, SMALL)) for n in neighbours[first : first + columns]]
+        tallest = max(height_of(pixels) for _, pixels, _ in row)
         rows.append((y, tallest, row))
-        y += tallest + 0.07 + _lines(1 + max(len(lines) for _, _, lines in row), SMALL) + GAP
+        y += tallest + 0.07 + lines_of(1 + max(len(lines) for _, _, lines in row), SMALL) + GAP
     bottom = max(bottom, y - GAP)
     width = right + columns * (TILE + GAP) - GAP + MARGIN
     page.open(width, bottom + MARGIN)
 
     page.text(left, MARGIN, page.shorten(title, width - 2 * MARGIN, HEADING, "bold"), HEADING, weight="bold")
-    page.image(left, top, QUERY, _height(own_image), own_image, INK, 0.6, "solid")
-    y = top + _height(own_image) + 0.09
+    page.image(left, top, QUERY, height_of(own_image), own_image, INK, 0.6, "solid")
+    y = top + height_of(own_image) + 0.09
     for line, colour in own:
         y = page.text(left, y, line, LARGE, colour)
     y += 0.2
@@ -123,7 +136,7 @@ def _columns(neighbours: int) -> int:
     return min(max(neighbours, 1), 5 if neighbours <= 10 else 7 if neighbours <= 28 else 10)
 
 
-def _legend(page: _Page, query: dict, neighbours: list[dict]) -> list[tuple[str, list[str]]]:
+def _legend(page: Page, query: dict, neighbours: list[dict]) -> list[tuple[str, list[str]]]:
     """(pair, lines) of the pairs that occur: how many, and what the pair is."""
     counts = {pair: sum(PAIRS.get(n["pair"], PAIRS["other"]) is PAIRS[pair] for n in neighbours) for pair in PAIRS}
     label, prediction = _name(query, "label"), _name(query, "prediction")
@@ -138,7 +151,7 @@ def _legend(page: _Page, query: dict, neighbours: list[dict]) -> list[tuple[str,
     return legend
 
 
-class _Page:
+class Page:
     """A figure measured in inches from its top left corner, and the texts that fit into it."""
 
     def __init__(self):
@@ -211,7 +224,7 @@ class _Page:
 
     def text(self, x: float, y: float, text: str, size: float, colour: str = INK, weight: str = "normal", align: str = "left") -> float:
         """One line with its top at y; returns the top of the next."""
-        line = _lines(1, size)
+        line = lines_of(1, size)
         baseline = y + 0.76 * line
         self.axes.text(x, baseline, text, color=colour, fontproperties=self.font(size, weight), ha=align, va="baseline", parse_math=False, usetex=False)
         return y + line
@@ -235,7 +248,7 @@ class _Page:
             y, width, height = y + (height - TILE) / 2, TILE, TILE
             self.axes.add_patch(Rectangle((x, y), width, height, facecolor=MISSING, edgecolor="none"))
             for i, line in enumerate(("this image", "cannot be shown")):
-                self.text(x + width / 2, y + height / 2 + _lines(i - 1, SMALL), line, SMALL, INK, align="center")
+                self.text(x + width / 2, y + height / 2 + lines_of(i - 1, SMALL), line, SMALL, INK, align="center")
         else:
             tall, wide = (n / DPI for n in pixels.shape[:2])
             x, y = (round(v * DPI) / DPI for v in (x + (width - wide) / 2, y + (height - tall) / 2))
@@ -245,7 +258,7 @@ class _Page:
         self.axes.add_patch(Rectangle((x - out, y - out), width + 2 * out, height + 2 * out, fill=False, edgecolor=colour, linewidth=thick, linestyle=dashes, joinstyle="miter"))
 
 
-def _lines(count: int, size: float) -> float:
+def lines_of(count: int, size: float) -> float:
     """Inches that so many lines of text take."""
     return count * size * LEADING / 72
 
@@ -265,12 +278,12 @@ def _number(value: float | None, digits: int) -> str:
     return "?" if value is None else f"{value:.{digits}f}"
 
 
-def _height(pixels: np.ndarray | None) -> float:
+def height_of(pixels: np.ndarray | None) -> float:
     """Inches of an enlarged image; a missing one is as tall as a tile."""
     return TILE if pixels is None else pixels.shape[0] / DPI
 
 
-def _enlarge(encoded: bytes, side: float) -> np.ndarray | None:
+def enlarge(encoded: bytes, side: float) -> np.ndarray | None:
     """uint8 [H, W, 3] whose longer side is `side` inches, or None if it is no JPEG. Up to 48 pixels stay visible as squares, more are interpolated."""
     try:
         with warnings.catch_warnings():

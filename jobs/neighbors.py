@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from index.build import FACTS
+from index.evaluate import chances
 from index.run import NEIGHBOURS, Run
 from jobs.progress import ProgressBar
 from pipeline.errors import BadRequest, printable
@@ -71,7 +72,7 @@ def neighbors(run: Run, source: str, within: str | None, k: int, out: Path, laye
 
 def refuse_inside(run: Run, path: Path, option: str) -> None:
     """Raises BadRequest for a path among the run's own files, which a result must not replace or join."""
-    for own in ("datasets", "profiles", "rejects", "statistics", "index"):
+    for own in ("datasets", "profiles", "rejects", "statistics", "index", "experiments"):
         if path.absolute().resolve().is_relative_to((run.store.run / own).absolute().resolve()):
             raise BadRequest(f"{option}: {printable(path)} lies among the run's own files; choose a place outside {printable(run.store.run / own)}")
 
@@ -111,13 +112,7 @@ def evaluate(run: Run, out: Path, within: str | None, name: str | None) -> Agree
     index = run.index(name)
     start, stop = index.range_of(within)
     gallery = index.rows.slice(start, stop - start)
-    size = int(max(gallery["label"].to_numpy().max(), gallery["prediction"].to_numpy().max(), *(pc.max(first[c]).as_py() for c in ("query_label", "query_prediction")))) + 1
-    label, prediction = (gallery[c].to_numpy().astype(np.int64) for c in ("label", "prediction"))
-    counts: dict[int, int] = dict(zip(*(v.tolist() for v in np.unique(label * size + prediction, return_counts=True))))
     own = own_rows(index, first["query_dataset"][0].as_py(), first["query_id"].to_pylist())
-    chances = []
-    for row, a, b in zip(own, first["query_label"].to_pylist(), first["query_prediction"].to_pylist()):
-        itself = int(start <= row < stop)
-        alike = counts.get(a * size + b, 0) - itself + (counts.get(b * size + a, 0) if a != b else 0)
-        chances.append(alike / max(1, len(label) - itself))
-    return Agreement(first.num_rows, int(pc.max(table["rank"]).as_py()), share["same"], share["reverse"], share["same"] + share["reverse"], float(np.mean(chances)))
+    asked = (first[c].to_numpy() for c in ("query_label", "query_prediction"))
+    chance = chances(gallery["label"].to_numpy(), gallery["prediction"].to_numpy(), *asked, (own >= start) & (own < stop))
+    return Agreement(first.num_rows, int(pc.max(table["rank"]).as_py()), share["same"], share["reverse"], share["same"] + share["reverse"], float(chance.mean()))

@@ -3,7 +3,7 @@
 The stages, in the only order in which they import each other, meet through files:
 
     sources -> samples -> filters, models -> saliency -> manifest -> units -> store -> profiler -> worker
-                          filters -> statistics
+                          filters -> statistics, saliency -> interventions
 
 Nothing here imports Ray or FAISS, and `import pipeline` imports nothing at all.
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import printable
+from pipeline.intervals import Interval, wilson
 from pipeline.samples import PRESETS, Preprocessing, Sample, decode
 from pipeline.sources import Shard, Source
 from pipeline.wnids import IDS, LABEL, wnid_in
@@ -116,12 +117,12 @@ def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, 
 
     as_is = logits()
     right = as_is.argmax(1).numpy() == labels
-    low, high = interval(int(right.sum()), len(right))
+    bounds = wilson(int(right.sum()), len(right)) if len(right) else Interval(0.0, 0.0, 1.0, 0)
     inside = (labels >= 0) & (labels < classes)
     losses = torch.nn.functional.cross_entropy(as_is[inside], torch.from_numpy(labels[inside]), reduction="none") if inside.any() else torch.zeros(1)
     known = order >= 0
     found = Diagnosis(
-        len(right), int(right.sum()), low, high, promised, float(as_is.softmax(1).amax(1).mean()) if len(right) else 0.0, float(losses.median()),
+        len(right), int(right.sum()), bounds.low, bounds.high, promised, float(as_is.softmax(1).amax(1).mean()) if len(right) else 0.0, float(losses.median()),
         bool((order[known] == labels[known]).all()) if known.any() else None,
     )  # fmt: skip
     _look_at_samples(found, seen, labels, classes)
@@ -129,20 +130,10 @@ def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, 
         found.warnings.append(f"only {len(right)} samples could be looked at: nothing is said about top-1")
         return found
     found = _explained(found, right, ((m, as_is.argmax(1).numpy() == m.labels) for m in label_mistakes(labels, order, classes, devkit)))
-    if not found.mistake and (promised is None or high < promised):
+    if not found.mistake and (promised is None or bounds.high < promised):
         found = _explained(found, right, ((m, logits(m.preprocessing, m.reverse).argmax(1).numpy() == labels) for m in pixel_mistakes(preprocessing)))
     _judge(found, right, as_is, classes)
     return found
-
-
-def interval(correct: int, seen: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson)."""
-    from scipy.stats import binomtest
-
-    if not seen:
-        return 0.0, 1.0
-    bounds = binomtest(correct, seen).proportion_ci(0.95, "wilson")
-    return float(bounds.low), float(bounds.high)
 
 
 def label_mistakes(labels: np.ndarray, order: np.ndarray, classes: int, devkit: dict[int, str] | None) -> list[Mistake]:

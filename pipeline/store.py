@@ -166,8 +166,8 @@ class Store:
 
     def commit(self, unit: Unit, profiles: pa.Table, rejects: pa.Table) -> None:
         """Write a unit. Raises OSError (no space, read-only), and then nothing of it is visible."""
-        _write(self.run / "rejects" / unit.dataset / f"{unit.stem}.parquet", rejects)
-        _write(self.run / "profiles" / unit.dataset / f"{unit.stem}.parquet", profiles)
+        write_table(self.run / "rejects" / unit.dataset / f"{unit.stem}.parquet", rejects)
+        write_table(self.run / "profiles" / unit.dataset / f"{unit.stem}.parquet", profiles)
 
     def sweep(self, dataset: str) -> None:
         """Remove what attempts that died left behind. Call while no other job writes this data set."""
@@ -219,7 +219,8 @@ def replace_file(path: Path, write) -> None:
         raise
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def write_table(path: Path, table: pa.Table) -> None:
+    """A Parquet file with checksums, whole or not at all. Raises OSError."""
     replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd", row_group_size=1024, write_page_checksum=True))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"pipeline.errors", "pipeline.cifar", "pipeline.wnids"},
+    {"pipeline.errors", "pipeline.cifar", "pipeline.intervals", "pipeline.wnids"},
     {"pipeline.sources"},
     {"pipeline.samples"},
     {"pipeline.filters"},
@@ -18,13 +18,16 @@ LAYERS = [
     {"pipeline.store", "pipeline.doctor"},
     {"pipeline.profiler"},
     {"pipeline.worker"},
-]  # each may import those above it, and modules of its own room (sources, saliency)
+    {"pipeline.interventions"},
+    {"pipeline.experiment"},
+    {"pipeline.depth"},
+]  # each may import those above it, and modules of its own room (sources, saliency, interventions)
 FORBIDDEN = {
     "pipeline": {"index", "jobs", "ray", "faiss", "tests"},
     "index": {"jobs", "ray", "torch", "torchvision", "tests"},
     "jobs": {"tests"},
 }
-LIGHT = ["pipeline", "index", "pipeline.sources", "pipeline.samples", "pipeline.units", "pipeline.store", "pipeline.statistics", "pipeline.worker"]
+LIGHT = ["pipeline", "index", "pipeline.sources", "pipeline.samples", "pipeline.units", "pipeline.store", "pipeline.statistics", "pipeline.worker", "pipeline.interventions.choice"]
 
 
 def module_of(path: Path, root: Path) -> str:
@@ -89,6 +92,7 @@ GOOD = {"pipeline/__init__.py": '"""A."""', "pipeline/errors.py": '"""A."""', "p
         ("pipeline/samples.py", '"""A."""\nfrom . import models', "pipeline.samples imports pipeline.models, which comes after it"),
         ("pipeline/sources/tar.py", '"""A."""\nfrom ..samples import decode', "pipeline.sources.tar imports pipeline.samples, which comes after it"),
         ("pipeline/saliency/a.py", '"""A."""\nfrom pipeline.statistics import x', "pipeline.saliency.a imports pipeline.statistics, which comes after it"),
+        ("pipeline/worker.py", '"""A."""\nfrom pipeline.interventions.pruning import Pruner', "pipeline.worker imports pipeline.interventions.pruning, which comes after it"),
         ("pipeline/newcomer.py", '"""A."""', "pipeline.newcomer has no place in the order"),
         ("index/run.py", '"""A."""\nimport torch.nn', "index.run imports torch.nn"),
         ("index/run.py", '"""A."""\nfrom jobs.cluster import x', "index.run imports jobs.cluster"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from jobs import cluster
 from jobs.extract import Settings, extract
 from pipeline.store import Store
-from pipeline.worker import Decoder
+from pipeline.worker import Decoder, UnitWriter
 from shards import write_shard
 
 UNITS = 6
@@ -62,9 +63,10 @@ def test_units_go_through_a_pool_of_gpu_actors_one_receipt_each(tmp_path, two_gp
     class OnItsGpu(cluster._Writer):
         """The engine's actor, which notes the GPU it was given and computes on the CPU all the same."""
 
-        def __init__(self, run: str, device: str):
+        def __init__(self, make_writer):
+            (run, device) = make_writer.args
             Path(run, f"gpu-{os.getpid()}").write_text(f"{device} {os.environ['CUDA_VISIBLE_DEVICES']}")
-            super().__init__(run, "cpu")
+            super().__init__(partial(UnitWriter, run, "cpu"))
 
     monkeypatch.setattr(cluster, "_Writer", OnItsGpu)
     store = Store(run)
@@ -73,7 +75,7 @@ def test_units_go_through_a_pool_of_gpu_actors_one_receipt_each(tmp_path, two_gp
     todo = store.todo("val", manifest.unit_samples)
     assert len(todo) == UNITS - 1
     decoder = Decoder(census.kind, census.root, manifest.preprocessing, manifest.classes)
-    with cluster.workers(run, decoder, manifest, "cuda", "local", None, 3 * len(todo)) as stream:
+    with cluster.workers(decoder, partial(UnitWriter, run, "cuda"), manifest.threads, "cuda", "local", None, 3 * len(todo)) as stream:
         receipts = list(stream(todo, 3))
     assert sorted(r.stem for r in receipts) == sorted(unit.stem for unit in todo)
     assert not any(r.fault for r in receipts)

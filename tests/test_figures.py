@@ -57,13 +57,13 @@ def pixels(content):
 def drawn(monkeypatch):
     """Every text given to the page, as (x, y, text, size, weight, align), and the page."""
     seen = []
-    text = figures._Page.text
+    text = figures.Page.text
 
     def spy(page, x, y, line, size, colour=figures.INK, weight="normal", align="left"):
         seen.append((page, x, y, line, size, weight, align))
         return text(page, x, y, line, size, colour, weight, align)
 
-    monkeypatch.setattr(figures._Page, "text", spy)
+    monkeypatch.setattr(figures.Page, "text", spy)
     return seen
 
 
@@ -106,7 +106,7 @@ def test_texts_lie_in_the_page_and_apart(tmp_path, drawn, count):
         if line.strip():
             wide = page.width(line, size, weight)
             left = x - {"left": 0, "right": wide, "center": wide / 2}[align]
-            boxes.append((left, y, left + wide, y + figures._lines(1, size), line))
+            boxes.append((left, y, left + wide, y + figures.lines_of(1, size), line))
     assert all(a >= 0.2 and c <= width - 0.2 and b >= 0.2 and d <= height - 0.2 for a, b, c, d, _ in boxes)
     for i, (a, b, c, d, one) in enumerate(boxes):
         for e, f, g, h, two in boxes[:i]:
@@ -158,19 +158,19 @@ def test_different_inputs_give_different_pictures(tmp_path):
 def test_the_pair_is_told_without_colour(tmp_path):
     grey = {pair: np.asarray(Image.open(io.BytesIO(draw(tmp_path / "a.png", neighbours=[image(pair=pair)]))).convert("L")).astype(int) for pair in figures.PAIRS}
     right = round((figures.MARGIN + figures.QUERY + figures.CHANNEL) * figures.DPI) - 4  # the left edge of the tile's frame
-    top = round((figures.MARGIN + figures._lines(1, figures.HEADING) + 0.16) * figures.DPI)
+    top = round((figures.MARGIN + figures.lines_of(1, figures.HEADING) + 0.16) * figures.DPI)
     dark = {pair: (g[top : top + 280, right - 2 : right + 3].min(1) < 140).mean() for pair, g in grey.items()}
     assert dark["same"] > 0.95 and 0.3 < dark["reverse"] < 0.85 and dark["other"] < 0.05
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 40), (128, 96), (1, 1), (128, 1), (1, 128)])
 def test_thumbnails_of_any_shape_fill_their_box(size):
-    enlarged = figures._enlarge(jpeg(*size), figures.TILE)
+    enlarged = figures.enlarge(jpeg(*size), figures.TILE)
     assert enlarged.dtype == np.uint8 and max(enlarged.shape[:2]) == round(figures.TILE * figures.DPI) and min(enlarged.shape) >= 1
 
 
 def test_tiny_images_keep_their_pixels_and_larger_ones_are_smooth():
-    tiny, larger = (figures._enlarge(jpeg(n, n, seed=3), figures.TILE) for n in (32, 96))
+    tiny, larger = (figures.enlarge(jpeg(n, n, seed=3), figures.TILE) for n in (32, 96))
     assert (tiny.reshape(32, 9, 32, 9, 3) == tiny[::9, ::9][:, None, :, None]).all()
     assert not (larger.reshape(96, 3, 96, 3, 3) == larger[::3, ::3][:, None, :, None]).all()
 

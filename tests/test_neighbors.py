@@ -68,13 +68,14 @@ def naive(run, source, within, k):
 
 
 @pytest.mark.parametrize("source, within", [("val", "v2"), ("val", None), ("v2", "v2")])
-def test_agreement_and_chance_are_those_of_brute_force(small, tmp_path, source, within):
+def test_agreement_and_chance_are_those_of_brute_force(copied, tmp_path, source, within):
     words = ["--from", source, *(["--in", within] if within else []), "-k", 7, "--evaluate"]
-    _, ended = ask(small, tmp_path / "n.parquet", *words, "--format", "json")
-    assert ended.json == pytest.approx(naive(Run.open(small.run), source, within, 7), abs=1e-12)
-    _, ended = ask(small, tmp_path / "n.parquet", *words)
+    _, ended = ask(copied, tmp_path / "n.parquet", *words, "--format", "json")
+    truth = naive(Run.open(copied.run), source, within, 7)
+    assert {key: ended.json[key] for key in truth} == pytest.approx(truth, abs=1e-12)
+    _, ended = ask(copied, tmp_path / "n.parquet", *words)
     lines = dict(line.split() for line in ended.out.splitlines()[1:])
-    assert set(lines) == {"queries", "k", "same", "reverse", "either", "chance"} and 0 < float(lines["chance"]) < 1
+    assert set(lines) >= {"queries", "k", "same", "reverse", "either", "chance"} and 0 < float(lines["chance"]) < 1
 
 
 def test_a_data_set_without_errors_gives_an_empty_file(copied, tmp_path):

@@ -35,7 +35,7 @@ class Animal:
             if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
                 nn.init.normal_(module.running_mean, 0, 0.5)
                 nn.init.uniform_(module.running_var, 0.5, 2)
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, 0, 0.3)
         return network.eval()

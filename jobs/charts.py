@@ -1,0 +1,156 @@
+"""The curves of a run's experiments. Draws what it is given and computes nothing; each chart as .png and .svg.
+
+Every curve has a dash pattern and a marker of its own, so that it is told in grey; intervals are drawn as bands or bars. Texts are made safe as in `figures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from jobs.figures import DPI, FAINT, INK, LARGE, PAPER, SMALL, Page, own_settings, save
+from pipeline.errors import BadRequest, printable
+
+# colour, dashes, marker of the first, second, ... curve
+STYLES = (
+    ("#b3470b", "solid", "o"),
+    ("#1b5e9e", (0, (5, 1.5)), "s"),
+    (INK, (0, (1.2, 1.2)), "^"),
+    ("#5b8c5a", (0, (5, 1.2, 1.2, 1.2)), "D"),
+    (FAINT, (0, (2.5, 1)), "v"),
+    ("#8c6bb1", (0, (7, 1, 1, 1, 1, 1)), "P"),
+)
+WIDTH, HEIGHT = 7.2, 3.9  # inches
+NAMED = 9  # layers whose names stand at the axis
+
+Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # mean, low, high at every place
+
+
+@dataclass(frozen=True)
+class Words:
+    """What stands on a chart. None of it is a formula."""
+
+    title: str
+    across: str
+    up: str
+    note: str = "bands: 95% bootstrap intervals over samples"
+
+
+def curves(path: Path, x: Sequence[float], bands: dict[str, Band], words: Words, levels: dict[str, float] | None = None, log: bool = False) -> None:
+    """Curves over the numbers `x`, each with its interval; `levels` are thin horizontal lines with a name; log: of the axis across."""
+
+    def draw(axes: Axes, page: Page) -> None:
+        _bands(axes, page, x, bands, marked=len(x) <= 24)
+        for name, level in (levels or {}).items():
+            axes.axhline(level, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
+            axes.annotate(page.safe(f"{name} {level:.3g}"), (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points", ha="right", va="bottom", fontsize=SMALL, color=FAINT)
+        if log:
+            axes.set_xscale("log")
+            axes.set_xticks(list(x), [f"{value:g}" for value in x])
+            axes.minorticks_off()
+
+    _chart(path, words, draw)
+
+
+def by_layer(path: Path, bands: dict[str, Band], layers: list[str], words: Words) -> None:
+    """One number a layer, shallow to deep, with its interval."""
+
+    def draw(axes: Axes, page: Page) -> None:
+        _bands(axes, page, np.arange(len(layers)) + 0.5, bands, marked=len(layers) <= 24)
+        axes.axhline(0, color=FAINT, linewidth=0.6)
+        _name_layers(axes, page, layers)
+
+    _chart(path, words, draw)
+
+
+def within_layers(path: Path, lines: dict[str, list[Sequence[float]]], layers: list[str], words: Words, log: bool = False) -> None:
+    """One number a filter: layers of equal width from shallow to deep, the filters of each side by side in the order given. log: of the axis up, where all are positive."""
+
+    def draw(axes: Axes, page: Page) -> None:
+        x = np.concatenate([at + (np.arange(len(filters)) + 0.5) / len(filters) for at, filters in enumerate(next(iter(lines.values())))])
+        for (name, by_filter), (colour, dashes, _) in zip(lines.items(), STYLES):
+            y = np.concatenate([np.asarray(filters, float) for filters in by_filter])
+            gaps = np.flatnonzero(np.diff(np.floor(x))) + 1  # no line leads from one layer into the next
+            axes.plot(np.insert(x, gaps, np.nan), np.insert(np.where(y > 0, y, np.nan) if log else y, gaps, np.nan), color=colour, linestyle=dashes, linewidth=1.1, label=page.safe(name))
+        if log:
+            axes.set_yscale("log")
+        else:
+            axes.axhline(0, color=FAINT, linewidth=0.6)
+        for at in range(0, len(layers) + 1, max(1, len(layers) // 60 + 1)):
+            axes.axvline(at, color=FAINT, linewidth=0.25, alpha=0.5)
+        _name_layers(axes, page, layers)
+
+    _chart(path, words, draw, legend="best" if len(lines) > 1 else None)
+
+
+def bars(path: Path, intervals: dict[str, tuple[float, float, float]], words: Words) -> None:
+    """One (mean, low, high) a name, from top to bottom, as a point with its interval."""
+
+    def draw(axes: Axes, page: Page) -> None:
+        for at, (name, (mean, low, high)) in enumerate(intervals.items()):
+            colour, _, marker = STYLES[at % len(STYLES)]
+            axes.errorbar(mean, at, xerr=[[mean - low], [high - mean]], color=colour, marker=marker, markersize=6, capsize=4, linewidth=1.4)
+            axes.annotate(f"{mean:.3f}", (mean, at), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=SMALL, color=INK)
+        axes.set_yticks(range(len(intervals)), [page.shorten(name, 2.2, SMALL) for name in intervals])
+        axes.set_ylim(len(intervals) - 0.4, -0.6)
+
+    _chart(path, words, draw, legend=None, height=1.3 + 0.5 * len(intervals))
+
+
+def plane(path: Path, points: dict[str, list[tuple[dict, dict, str]]], words: Words) -> None:
+    """Points of two numbers with intervals each (`estimate`, `low`, `high`), joined in their order, each with a short text beside it."""
+
+    def draw(axes: Axes, page: Page) -> None:
+        for (name, of), (colour, dashes, marker) in zip(points.items(), STYLES):
+            across, up = ([[p[at][key] for p in of] for key in ("estimate", "low", "high")] for at in (0, 1))
+            bars = [np.abs(np.array(v[1:]) - v[0]) for v in (across, up)]
+            axes.errorbar(across[0], up[0], xerr=bars[0], yerr=bars[1], color=colour, linestyle=dashes, marker=marker, markersize=5, linewidth=1, elinewidth=0.7, label=page.safe(name))
+            for x, y, (_, _, text) in zip(across[0], up[0], of):
+                axes.annotate(page.safe(text), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL - 2, color=FAINT)
+
+    _chart(path, words, draw, legend="lower right", height=4.6)
+
+
+def _bands(axes: Axes, page: Page, x: Sequence[float], bands: dict[str, Band], marked: bool) -> None:
+    for (name, (mean, low, high)), (colour, dashes, marker) in zip(bands.items(), STYLES):
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.5, marker=marker if marked else None, markersize=4, label=page.safe(name))
+
+
+def _name_layers(axes: Axes, page: Page, layers: list[str]) -> None:
+    """Names of some layers, the first and the last among them, under the middle of their place."""
+    shown = np.unique(np.linspace(0, len(layers) - 1, min(NAMED, len(layers))).round().astype(int))
+    axes.set_xticks(shown + 0.5, [page.shorten(layers[at], 1.2, SMALL) for at in shown], rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xlim(0, len(layers))
+
+
+def _chart(path: Path, words: Words, draw: Callable[[Axes, Page], None], legend: str | None = "best", height: float = HEIGHT) -> None:
+    """Raises BadRequest if a file cannot be written."""
+    with own_settings():
+        page = Page()
+        figure = Figure((WIDTH, height), dpi=DPI, facecolor=PAPER, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes, page)
+        axes.set_xlabel(page.safe(words.across), fontsize=LARGE)
+        axes.set_ylabel(page.safe(words.up), fontsize=LARGE)
+        axes.set_title(page.shorten(words.title, WIDTH - 0.5, LARGE + 1, "bold"), fontsize=LARGE + 1, fontweight="bold", loc="left")
+        if words.note:
+            figure.supxlabel(page.safe(words.note), fontsize=SMALL - 1, color=FAINT, x=0.99, ha="right")
+        if legend:
+            axes.legend(loc=legend, frameon=False, fontsize=SMALL, handlelength=3.4)
+        for text in figure.findobj(lambda artist: hasattr(artist, "set_fontfamily")):
+            text.set_fontfamily(page.families)
+        axes.tick_params(labelsize=SMALL)
+        for suffix in (".png", ".svg"):
+            try:
+                save(figure, path.with_name(path.name + suffix))
+            except OSError as fault:
+                raise BadRequest(f"{printable(path)}{suffix} cannot be written ({printable(fault)}): put that right and give the same command again") from None

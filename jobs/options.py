@@ -1,0 +1,38 @@
+"""Options that several verbs of the command take. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from pipeline.errors import BadRequest, printable
+
+RunOption = Annotated[Path, typer.Option("--run", help="The run directory.", show_default=False)]
+Format = Annotated[str, typer.Option("--format", help="table, json or parquet, on stdout.")]
+Name = Annotated[Optional[str], typer.Option("--name", help="Which index. Default: errors, or the only one.")]
+Dataset = Annotated[Optional[str], typer.Option(help="Which data set of the run. Default: val, or the only one.")]
+Reference = Annotated[Optional[str], typer.Option(help="Whose mu and sigma standardise: a data set of the run, or imported statistics. Default: val, or the data set itself.")]
+MaxSamples = Annotated[Optional[int], typer.Option(help="Only N samples, chosen by --seed. Default: all.")]
+Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard this verb's earlier results, made with other settings.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: GPUs where there are any now; say cuda for a cluster that starts its GPU nodes on demand.")]
+Actors = Annotated[Optional[str], typer.Option(help="How many engines, N or MIN-MAX. Default: one a GPU, or one for every 4 CPUs.")]
+Address = Annotated[Optional[str], typer.Option(help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")]
+Record = Annotated[str, typer.Option("--format", help="table or json, on stdout.")]
+Layers = Annotated[Optional[str], typer.Option("--layers", help="A range of layers, FIRST..LAST, both included, or one layer.")]
+
+
+def engines(text: str | None) -> tuple[int, int] | None:
+    """`N` or `MIN-MAX`."""
+    if text is None:
+        return None
+    least, dash, most = text.partition("-")
+    try:
+        bounds = int(least), int(most if dash else least)
+    except ValueError:
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise BadRequest(f"--actors: '{printable(text)}' is neither a number N from 1 nor a range MIN-MAX")
+    return bounds

@@ -1,0 +1,150 @@
+"""`faultline prune`: figure 3 of the paper. Filters of every misclassified sample are turned off, a few of the network's at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs import charts
+from jobs.experiment import Request, carry_out
+from pipeline.errors import BadRequest, printable
+from pipeline.experiment import Rows, batches, images_of, network_of
+from pipeline.intervals import Interval, bootstrap_means, wilson
+from pipeline.samples import Sample
+from pipeline.statistics import Reference
+from pipeline.store import Store, saliency_of
+
+GRID = (1, 2, 5, 10, 20, 50, 100)
+STRATEGIES = {"salient": "most salient", "random": "random", "random_live": "random, live alone", "least": "least salient, live alone"}
+MODES = ("map", "weights-and-bias")
+SCHEMA = pa.schema([("sample_id", pa.string()), ("strategy", pa.string()), ("k", pa.int32()), ("wrong_confidence_change", pa.float64()), ("true_confidence_change", pa.float64()), ("corrected", pa.bool_())])
+NEAR = 20  # filters that the sentence is about, or the grid's nearest
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The experiment. grid: how many filters; mode: see `pipeline/interventions/pruning.py`; `reference` standardises."""
+
+    reference: str
+    grid: tuple[int, ...]
+    mode: str
+    seed: int
+    name: str = "prune"
+    images: bool = True
+    columns: tuple[str, ...] = ("saliency",)
+    schema: pa.Schema = SCHEMA
+
+    @property
+    def weight(self) -> float:
+        return len(STRATEGIES) * len(self.grid) / 3  # an extraction is worth three forwards
+
+    def settings(self) -> dict[str, object]:
+        return {"strategies": list(STRATEGIES), "k": list(self.grid), "mode": self.mode}
+
+    def start(self, run: Path, device: str) -> Rows:
+        from pipeline.interventions.pruning import Pruner, effects
+
+        manifest, network = network_of(run, device)
+        standard = Reference.read(run / "statistics" / f"{self.reference}.parquet", manifest.layers)
+        pruners: dict[tuple[int, ...], Pruner] = {}
+
+        def rows(samples, profiles):
+            parts = []
+            for at in batches(samples, 1024):
+                images = images_of([samples[i] for i in at], manifest.preprocessing, device)
+                shape = tuple(images.shape[1:])
+                if shape not in pruners:
+                    pruners[shape] = Pruner(network, manifest.layers, images[:3], self.mode)
+                facts = profiles.take(pa.array(at))
+                ids, labels, predictions = facts["sample_id"].to_pylist(), facts["label"].to_numpy(), facts["prediction"].to_numpy()
+                parts.append(effects(pruners[shape], images, labels, predictions, standard.standardise(saliency_of(facts)), standard.live, ids, self.grid, tuple(STRATEGIES), self.seed))
+            return pa.concat_tables(parts)
+
+        return rows
+
+
+@dataclass(frozen=True)
+class Prune:
+    """The verb."""
+
+    experiment: Pruning
+    subset: str = "errors"
+    figures: tuple[str, ...] = ("wrong_confidence", "true_confidence", "corrected")
+    also: tuple[str, ...] = ()
+
+    def check(self, store: Store, samples: list[Sample]) -> None:
+        """Raises BadRequest if what a filter's map is cannot be told."""
+        from pipeline.interventions.pruning import Pruner
+
+        manifest, network = network_of(store.run, "cpu")
+        for at in islice(batches(samples, 3), 1):
+            Pruner(network, manifest.layers, images_of([samples[i] for i in at], manifest.preprocessing, "cpu"), self.experiment.mode)
+
+    def cost(self, samples: int) -> str:
+        pairs = samples * len(STRATEGIES) * len(self.experiment.grid)
+        return f"{samples:,} misclassified samples x {len(STRATEGIES)} strategies x {len(self.experiment.grid)} sizes = {pairs:,} prunings, each a forward of one image or less"
+
+    def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
+        """Of every strategy and k the mean changes with bootstrap intervals over samples, and the share corrected with Wilson's."""
+        curves: dict[str, dict] = {}
+        for strategy in STRATEGIES:
+            table = rows.filter(pc.equal(rows["strategy"], strategy))
+            by = {column: table[column].to_numpy().reshape(-1, len(self.experiment.grid)).astype(np.float64) for column in SCHEMA.names[3:]}
+            curves[strategy] = {column: dict(zip(("mean", "low", "high"), (v.tolist() for v in bootstrap_means(by[column], self.experiment.seed)))) for column in SCHEMA.names[3:5]}
+            shares = [wilson(int(column.sum()), len(column)) for column in by["corrected"].T]
+            curves[strategy]["corrected"] = {"mean": [s.estimate for s in shares], "low": [s.low for s in shares], "high": [s.high for s in shares]}
+        samples = rows.num_rows // (len(STRATEGIES) * len(self.experiment.grid))
+        summary = {"dataset": dataset, "samples": samples, "k": list(self.experiment.grid), "mode": self.experiment.mode, "dead_filters": int((~reference.live).sum()), "curves": curves}
+        at = int(np.argmin(np.abs(np.array(self.experiment.grid) - NEAR)))
+        result = {"samples": samples, "dead_filters": summary["dead_filters"], "k": self.experiment.grid[at]}
+        result |= {f"{column}_{strategy}": curves[strategy][column]["mean"][at] for column in SCHEMA.names[3:] for strategy in STRATEGIES}
+        return summary | {"result": result, "found": found(summary, at)}
+
+    def draw(self, store: Store, summary: dict, folder: Path) -> None:
+        asked = f"{summary['samples']:,} misclassified samples of {summary['dataset']}"
+        for figure, column, up in (("wrong_confidence", "wrong_confidence_change", "change of the wrong class's confidence"), ("true_confidence", "true_confidence_change", "change of the true class's confidence"), ("corrected", "corrected", "share corrected")):
+            bands = {name: tuple(summary["curves"][strategy][column][key] for key in ("mean", "low", "high")) for strategy, name in STRATEGIES.items()}
+            note = f"bands: 95% intervals over samples; {summary['dead_filters']:,} dead filters are chosen by 'random' alone"
+            charts.curves(folder / figure, summary["k"], bands, charts.Words(f"Filters turned off in {asked}", "filters turned off", up, note), log=True)
+
+
+def prune(request: Request, ks: str | None, mode: str) -> dict:
+    """Do it. Raises BadRequest for a grid or a mode that does not exist."""
+    store = Store(request.run.expanduser().absolute())
+    total = store.manifest().layers.total
+    if mode not in MODES:
+        raise BadRequest(f"--mode: '{printable(mode)}' is not one of {', '.join(MODES)}")
+    reference = request.reference_of(store, request.dataset_of(store))
+    return carry_out(Prune(Pruning(reference, grid_of(ks, GRID, total), mode, request.seed)), request)
+
+
+def grid_of(text: str | None, default: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """`1,5,20` as numbers, ascending; the default as far as there are filters. Raises BadRequest naming -k."""
+    try:
+        grid = tuple(sorted({int(part) for part in text.split(",")})) if text else tuple(k for k in default if k <= most)
+    except ValueError:
+        grid = (0,)
+    if not 1 <= grid[0] <= grid[-1] <= most:
+        raise BadRequest(f"-k: '{printable(text)}' is no list of numbers from 1 to {most}, the network's filters, such as 1,5,20")
+    return grid
+
+
+def found(summary: dict, at: int) -> str:
+    """Figure 3 in one sentence, at one k."""
+    curves, n = summary["curves"], summary["samples"]
+
+    def interval(strategy: str, column: str) -> Interval:
+        return Interval(*(curves[strategy][column][key][at] for key in ("mean", "low", "high")), n)
+
+    share = {s: interval(s, "corrected") for s in STRATEGIES}
+    drop = {s: interval(s, "wrong_confidence_change") for s in STRATEGIES}
+    clear = share["salient"].low > share["random_live"].high and share["random_live"].low > share["least"].high
+    return (
+        f"turning off the {summary['k'][at]} most salient filters corrects {share['salient'].text(3)} of {n:,} misclassified samples, random live ones {share['random_live'].text(3)}, the least salient {share['least'].text(3)}"
+        f"{'' if clear else ' (these intervals are not all apart)'}; the wrong class's confidence changes by {drop['salient'].text(3, '+')}, {drop['random_live'].text(3, '+')} and {drop['least'].text(3, '+')}"
+    )

@@ -1,0 +1,87 @@
+"""The units of a job, done: streamed through workers, tried again where workers died, and listed. What is done is what exists.
+
+`extract` and every experiment are such a job: they differ in what decodes a unit, what writes it, and what becomes of one that no worker survives.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from jobs import cluster
+from jobs.progress import ProgressBar
+from pipeline.errors import BadRequest, Stopped, printable
+from pipeline.units import Unit
+from pipeline.worker import Receipt
+
+ATTEMPTS = 3  # times a unit may fail or kill its worker before it is given up
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job. `decoder` and `writer` travel to other machines; what `writer()` gives takes a decoded unit and returns its receipt. Neither raises."""
+
+    name: str  # on its bar and in messages
+    decoder: Callable[[Unit], pa.Table]
+    writer: Callable[[], Callable[[pa.Table], Receipt]]
+    is_committed: Callable[[Unit], bool]
+    give_up: Callable[[Unit], list[Unit]]  # smaller units to try instead, or none once it is dealt with
+    threads: int  # of one engine
+    device: str
+    address: str | None
+    actors: tuple[int, int] | None
+
+
+def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int | None = None) -> int:
+    """Do every unit of `todo`, `samples` of the job's `total`; returns how many were run.
+
+    cost: what the samples are worth in images of an extraction, where that is not their number. Raises Stopped if units fail with a reason, or if many
+    of them kill their workers.
+    """
+    faults: dict[str, str] = {}
+    units_run, barren = 0, 0
+    workers = cluster.workers(work.decoder, work.writer, work.threads, work.device, work.address, work.actors, samples if cost is None else cost)
+    with workers as stream, ProgressBar(work.name, total, total - samples) as bar:
+        bar.waiting(stream.waiting)
+        while todo:
+            for receipt in stream(todo, ATTEMPTS if units_run == 0 or todo[0].samples == 1 else 1):
+                units_run += 1
+                if receipt.fault:
+                    faults[receipt.stem] = receipt.fault
+                else:
+                    bar.advance(receipt.samples)
+            left = [unit for unit in todo if not work.is_committed(unit)]
+            barren = barren + 1 if len(left) == len(todo) else 0
+            if any(unit.stem in faults for unit in left) or (barren and len(left) > 8) or barren > 3 and todo[0].samples > 1:
+                raise undone(work.name, len(left), next(iter(faults.values()), "their workers died without a word (out of memory?)"))
+            todo = []
+            for unit in left:
+                parts = work.give_up(unit)
+                todo += parts
+                bar.advance(0 if parts else unit.samples)
+    return units_run
+
+
+def undone(name: str, units: int, reason: str) -> Stopped:
+    return Stopped(f"{units} unit{'s' * (units != 1)} of {printable(name)} {'were' if units != 1 else 'was'} not done: {reason}\nwhat is done is kept; the same command resumes")
+
+
+@contextmanager
+def hold(lock: Path, run: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock file against a second job; the lock dies with the process. Raises BadRequest with `refusal` if another job holds it."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")
+    except OSError as fault:
+        raise BadRequest(f"--run: {printable(run)} cannot be written ({printable(fault)})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadRequest(refusal) from None
+        yield

@@ -1,0 +1,233 @@
+"""One normalised gradient step on some filters of a network, and what it does to other images (section 3.3, figure 6).
+
+g is the gradient of one sample's own cross-entropy in eval mode; the step at a rate is theta_F -= rate * g_F / |g_F|, on the conv weights
+of the filters F alone, or on the whole network. Where |g_F| is 0 nothing changes, and `Step.unmoved` says so.
+
+Updated networks are never copied. Only the chosen filters' rows differ between updates, and a convolution is linear, so each update's
+images get conv(x, -rate * step) added to those filters' maps, many updates in one batch. Steps on whole parameters, and on weights that are
+no plain kernels of a convolution, are written in place, one update at a time, and taken back to the bit: meanwhile no other thread may use
+the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.errors import BadRequest
+from pipeline.filters import FilterLayout
+from pipeline.interventions.branching import Forward
+from pipeline.interventions.pruning import batch_size
+from pipeline.interventions.watching import Use, watch
+from pipeline.saliency.loss import cross_entropy
+
+SCOPES = ("global", "filter")
+WHOLES = ("all", "conv")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step takes from one parameter at rate 1: direction [n, ...], from its rows int64 [n], or from all of it (None)."""
+
+    parameter: str
+    rows: torch.Tensor | None
+    direction: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """A normalised step; without parts it changes nothing. unmoved: how many of its filters stay as they are because their gradient is 0."""
+
+    parts: tuple[Part, ...]
+    unmoved: int = 0
+
+
+NOTHING = Step(())
+
+
+class Gradient:
+    """g of one sample: parameter name -> d(cross-entropy)/d(parameter), 0 where the loss does not depend on it.
+
+    image: float32 [3, H, W]; label: 0..C-1. Network in eval mode, or ValueError. Every step of the sample is taken from this one gradient.
+    """
+
+    def __init__(self, network: torch.nn.Module, layout: FilterLayout, image: torch.Tensor, label: int):
+        if any(module.training for module in network.modules()):
+            raise ValueError("interventions are defined in eval mode; call network.eval() first")
+        named = dict(network.named_parameters())
+        with _asking(named.values()), torch.enable_grad():
+            loss = cross_entropy(network(image[None]), torch.tensor([label], device=image.device)).sum()
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True) if loss.requires_grad else [None] * len(named)
+        self.layout = layout
+        self.parameters = {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in zip(named.items(), found)}
+        self.kernels = [name for name, p in named.items() if p.dim() == 4]  # in the order of the layout
+
+    def step(self, columns: np.ndarray, scope: str = "global") -> Step:
+        """On the filters of these columns of the vector. scope: `global`, one norm over all of their weights; `filter`, each filter's
+        gradient by its own norm, so that every filter moves as far."""
+        _check(scope, SCOPES)
+        columns = np.sort(np.asarray(columns, dtype=np.int64))
+        rows, starts = [], np.array([s.start for s in self.layout.slices.values()])
+        for layer, name in enumerate(self.kernels):
+            inside = columns[np.searchsorted(starts, columns, side="right") - 1 == layer] - starts[layer]
+            if len(inside):
+                chosen = torch.from_numpy(inside).to(self.parameters[name].device)
+                rows.append((name, chosen, self.parameters[name][chosen]))
+        return _normalised(rows, scope)
+
+    def whole(self, which: str = "all", scope: str = "global") -> Step:
+        """On `all` parameters, or on all `conv` weights (the 4-D ones). Only `conv` has the scope `filter`."""
+        _check(which, WHOLES)
+        if which == "all" and scope == "filter":
+            raise ValueError("the whole network is not made of filters alone: its step has one norm (scope 'global')")
+        _check(scope, SCOPES)
+        names = self.parameters if which == "all" else self.kernels
+        return _normalised([(name, None, self.parameters[name]) for name in names], scope)
+
+
+def take(network: torch.nn.Module, layout: FilterLayout, image: torch.Tensor, label: int, columns: np.ndarray, scope: str = "global") -> Step:
+    """`Gradient(...).step(columns, scope)`: one step of one sample."""
+    return Gradient(network, layout, image, label).step(columns, scope)
+
+
+def _normalised(rows: list[tuple[str, torch.Tensor | None, torch.Tensor]], scope: str) -> Step:
+    """rows: (parameter, its rows, their gradient [n, ...]) of everything that moves."""
+    squares = [g.double().square().flatten(1).sum(1) if g.dim() == 4 else g.double().square().sum()[None] for _, _, g in rows]
+    unmoved = sum(int((s == 0).sum()) for s, (_, _, g) in zip(squares, rows) if g.dim() == 4)
+    whole = float(torch.stack([s.sum().cpu() for s in squares]).sum().sqrt()) if rows else 0.0
+    if whole == 0:
+        return Step((), unmoved)
+    norms = [s.sqrt().view(-1, 1, 1, 1) if scope == "filter" else whole for s in squares]
+    return Step(tuple(Part(name, at, torch.nan_to_num(g.double() / norm, nan=0.0).to(g.dtype)) for (name, at, g), norm in zip(rows, norms)), unmoved)
+
+
+@dataclass(frozen=True)
+class Group:
+    """An updated network and the images it is asked about: int64 [n], positions in the images of `Tuner.logits`."""
+
+    step: Step
+    rate: float
+    images: torch.Tensor
+
+
+class Tuner:
+    """Logits of many updated networks. network: in eval mode; images: float32 [B, 3, H, W], real ones, on which it is watched.
+
+    linear: the parameters (name -> layer) whose steps are added to maps; other steps are written in place. Raises BadRequest if an image's
+    logits depend on which images share its batch.
+    """
+
+    def __init__(self, network: torch.nn.Module, layout: FilterLayout, images: torch.Tensor):
+        self.network, self.layout, self.linear = network, layout, {}
+        self.plan = watch(network, layout, images)
+        try:
+            self.forward = Forward(network, self.plan, images)
+        except BadRequest:  # then every step is written in place
+            self.forward = None
+            return
+        for layer, name in enumerate(name for name, p in network.named_parameters() if p.dim() == 4):
+            if layer not in self.plan.strange and all(self.plan.uses[call].plain for call in self.plan.calls.get(layer, ())):
+                self.linear[name] = layer
+
+    def logits(self, images: torch.Tensor, groups: Sequence[Group]) -> list[torch.Tensor]:
+        """Logits [n, C] of every group, in their order. images: float32 [S, 3, H, W]."""
+        answers: list[torch.Tensor | None] = [None] * len(groups)
+        added = [i for i, g in enumerate(groups) if len(g.images) and self.forward and all(p.rows is not None and p.parameter in self.linear for p in g.step.parts)]
+        for i in sorted(set(range(len(groups))) - set(added)):
+            with written(self.network, groups[i].step, groups[i].rate):
+                answers[i] = self._plain(images[groups[i].images.to(images.device)])
+        for batch in _batches(sorted(added, key=lambda i: self._first(groups[i].step)), groups, 2 * batch_size(images)):
+            chosen = [groups[i] for i in batch]
+            logits = self.forward(images, torch.cat([g.images for g in chosen]), _Rows(self, chosen))
+            for i, part in zip(batch, logits.split([len(g.images) for g in chosen])):
+                answers[i] = part
+        return answers
+
+    def _first(self, step: Step) -> int:
+        """The first convolution of a forward that a step changes."""
+        calls = (self.plan.calls.get(self.linear[p.parameter], ()) for p in step.parts)
+        return min((min(c) for c in calls if c), default=len(self.plan.uses))
+
+    @torch.inference_mode()
+    def _plain(self, images: torch.Tensor) -> torch.Tensor:
+        if self.forward and self.forward.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        size = 2 * batch_size(images)
+        return torch.cat([self.network(images[i : i + size]) for i in range(0, max(1, len(images)), size)])
+
+
+def _batches(order: list[int], groups: Sequence[Group], size: int) -> Iterator[list[int]]:
+    """Stretches of the order with up to `size` images; a group is never cut, and a larger one stands alone."""
+    batch, rows = [], 0
+    for i in order:
+        if batch and rows + len(groups[i].images) > size:
+            yield batch
+            batch, rows = [], 0
+        batch.append(i)
+        rows += len(groups[i].images)
+    if batch:
+        yield batch
+
+
+class _Rows:
+    """`branching.Edits`: to each group's images, in the maps of its step's filters, what the change of their weights adds."""
+
+    def __init__(self, tuner: Tuner, groups: Sequence[Group]):
+        plan = tuner.plan
+        self.first = torch.repeat_interleave(torch.tensor([tuner._first(g.step) for g in groups]), torch.tensor([len(g.images) for g in groups]))
+        self.calls: dict[int, list[tuple[slice, Part, float]]] = {}
+        start = 0
+        for group in groups:
+            branches = slice(start, start + len(group.images))
+            start = branches.stop
+            for part in group.step.parts:
+                for call in plan.calls.get(tuner.linear[part.parameter], ()):
+                    self.calls.setdefault(call, []).append((branches, part, group.rate))
+
+    def apply(self, call: int, use: Use, input: torch.Tensor, output: torch.Tensor, rows: torch.Tensor) -> None:
+        for branches, part, rate in self.calls[call]:
+            start = int(rows[branches.start])  # a group's branches join together, and so stay side by side
+            at = slice(start, start + branches.stop - branches.start)
+            kernel = part.direction * (-rate * use.scale[part.rows])[:, None, None, None]
+            output[at].index_add_(1, part.rows, use.convolve(input[at], kernel, part.rows))
+
+
+@contextmanager
+def written(network: torch.nn.Module, step: Step, rate: float) -> Iterator[None]:
+    """The network's parameters are updated inside, in place; afterwards every bit is as before, whatever was raised."""
+    named = dict(network.named_parameters())
+    before = [(named[p.parameter], named[p.parameter].detach().clone()) for p in step.parts]
+    try:
+        with torch.no_grad():
+            for part, (parameter, _) in zip(step.parts, before):
+                if part.rows is None:
+                    parameter.sub_(part.direction, alpha=rate)
+                else:
+                    parameter.index_add_(0, part.rows, part.direction, alpha=-rate)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+
+
+@contextmanager
+def _asking(parameters) -> Iterator[None]:
+    """Every parameter asks for a gradient inside; each asks as before afterwards."""
+    asked = [(p, p.requires_grad) for p in parameters]
+    for parameter, _ in asked:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in asked:
+            parameter.requires_grad_(flag)
+
+
+def _check(value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"'{value}' is none of {', '.join(known)}")

@@ -1,0 +1,95 @@
+"""Intervals: what they are, held to naive loops, and how often they cover the truth."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.intervals import bootstrap_difference, bootstrap_mean, bootstrap_means, wilson
+
+TRIALS = 400  # of a coverage of 0.95: standard error 0.011
+
+
+def covered(interval_of, truth: float) -> float:
+    """The share of simulated data sets whose interval holds the truth."""
+    inside = 0
+    for trial in range(TRIALS):
+        interval = interval_of(np.random.default_rng([7, trial]))
+        inside += interval.low <= truth <= interval.high
+    return inside / TRIALS
+
+
+@pytest.mark.parametrize(
+    "draw, truth",
+    [
+        (lambda r: r.normal(3, 2, 80), 3),
+        (lambda r: r.exponential(1, 120), 1),
+        (lambda r: r.uniform(-1, 1, 60), 0),
+        (lambda r: (r.random(150) < 0.2).astype(float), 0.2),
+        (lambda r: np.round(r.beta(0.5, 0.5, 100) * 10) / 10, 0.5),
+    ],
+    ids=["normal", "exponential", "uniform", "share", "shares of ten"],
+)
+def test_a_bootstrap_interval_covers_the_mean(draw, truth):
+    assert 0.92 <= covered(lambda r: bootstrap_mean(draw(r), seed=int(r.integers(1 << 30)), resamples=600), truth) <= 0.98
+
+
+def test_a_bootstrap_interval_of_a_difference_covers_it():
+    def interval(r):
+        return bootstrap_difference(r.exponential(2, 90), r.normal(1, 1, 140), seed=int(r.integers(1 << 30)), resamples=600)
+
+    assert 0.92 <= covered(interval, 1) <= 0.98
+
+
+@pytest.mark.parametrize("share, n", [(0.02, 120), (0.3, 60), (0.5, 25), (0.98, 200)])
+def test_wilsons_interval_covers_the_share(share, n):
+    assert 0.91 <= covered(lambda r: wilson(int(r.binomial(n, share)), n), share) <= 0.99
+
+
+def test_a_bootstrap_interval_is_scipys():
+    """BCa bounds differ by the draws alone: within a tenth of the interval's length."""
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(0).lognormal(0, 1, 200)
+    ours = bootstrap_mean(values, resamples=20_000)
+    theirs = bootstrap((values,), np.mean, n_resamples=20_000, random_state=1).confidence_interval
+    length = ours.high - ours.low
+    assert ours.estimate == pytest.approx(values.mean()) and ours.n == 200
+    assert abs(ours.low - theirs.low) < 0.05 * length and abs(ours.high - theirs.high) < 0.05 * length
+
+
+def test_columns_are_what_each_is_alone():
+    values = np.random.default_rng(1).normal([0, 5, -3], [1, 0.1, 4], (50, 3))
+    mean, low, high = bootstrap_means(values, seed=4)
+    for at in range(3):
+        alone = bootstrap_mean(values[:, at], seed=4)
+        assert (mean[at], low[at], high[at]) == pytest.approx((alone.estimate, alone.low, alone.high))
+
+
+def test_draws_cut_into_blocks_are_the_same_draws(monkeypatch):
+    """What memory allows at once decides nothing."""
+    values = np.random.default_rng(2).normal(0, 1, 40)
+    whole = bootstrap_mean(values)
+    monkeypatch.setattr("pipeline.intervals.BLOCK", 200)
+    assert bootstrap_mean(values) == whole
+
+
+def test_wilson_is_the_formula():
+    """The roots of (share - p)^2 = z^2 p (1 - p) / n."""
+    for successes, n in ((0, 10), (3, 17), (17, 17)):
+        interval, z = wilson(successes, n), 1.959963984540054
+        for bound in (interval.low, interval.high):
+            assert math.isclose((successes / n - bound) ** 2, z * z * bound * (1 - bound) / n, abs_tol=1e-12)
+        assert interval.low <= successes / n <= interval.high
+
+
+@pytest.mark.parametrize("values", [[2.5], [1.0] * 30])
+def test_without_spread_an_interval_has_no_length(values):
+    interval = bootstrap_mean(np.array(values))
+    assert interval.low == interval.estimate == interval.high == values[0]
+
+
+def test_no_sample_has_no_interval():
+    for make in (lambda: bootstrap_mean(np.zeros(0)), lambda: bootstrap_difference(np.zeros(0), np.ones(3)), lambda: wilson(0, 0)):
+        with pytest.raises(ValueError, match="at least one sample"):
+            make()

@@ -1,0 +1,149 @@
+"""`faultline prune` and `faultline finetune`: rows held to networks copied and edited by hand, on images decoded by hand; settings, refusals, figures."""
+
+import io
+import json
+import tarfile
+
+import intervention_oracles as naive
+import numpy as np
+import oracles
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from index import Run
+
+KS = (1, 3, 24)
+
+
+def rows_of(folder):
+    return [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def profiles(run, dataset):
+    return {row["sample_id"]: row for row in rows_of(run / "profiles" / dataset)}
+
+
+def images(small, dataset):
+    """ID -> float64 [3, H, W], normalised as the tiny network's preprocessing says."""
+    found = {}
+    for path in (small.sources / dataset).glob("*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".jpg"):
+                    pixels = np.asarray(Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB"), np.float64)
+                    found[member.name[:-4]] = torch.from_numpy((pixels / 255 - 0.5) / 0.25).permute(2, 0, 1)
+    return found
+
+
+def standardised(run):
+    """(ID -> ŝ float64 [F] of val, by val's statistics)."""
+    rows = profiles(run, "val")
+    raw = np.array([row["saliency"] for row in rows.values()])
+    return dict(zip(rows, oracles.standardise(raw, *oracles.mean_and_std(raw))))
+
+
+def summary_of(run, verb):
+    return json.loads((run / "experiments" / verb / "summary.json").read_text())
+
+
+def wrong(rows):
+    return [i for i, row in rows.items() if row["label"] != row["prediction"]]
+
+
+@pytest.mark.parametrize("mode", ["map", "weights-and-bias"])
+def test_prune_turns_off_what_the_profiles_say(copied, mode):
+    ended = tiny.call("prune", "--run", copied.run, "-k", "3,1,24", "--mode", mode, "--format", "json")
+    assert ended.code == 0, ended.err
+    got = {(row["sample_id"], row["strategy"], row["k"]): row for row in rows_of(copied.run / "experiments/prune")}
+    rows, pictures, vectors = profiles(copied.run, "val"), images(copied, "val"), standardised(copied.run)
+    assert set(got) == {(i, s, k) for i in wrong(rows) for s in ("salient", "random", "random_live", "least") for k in KS}
+    corrected = {}
+    for i in wrong(rows):
+        before = naive.softmax(naive.alone(tiny.net().double(), pictures[i]))
+        for strategy, order in (("salient", np.argsort(-vectors[i], kind="stable")), ("least", np.argsort(vectors[i], kind="stable"))):
+            for k in KS:
+                after = naive.softmax(naive.alone(naive.pruned(tiny.net(), order[:k].tolist(), {}, mode), pictures[i]))
+                row = got[i, strategy, k]
+                assert row["wrong_confidence_change"] == pytest.approx(after[rows[i]["prediction"]] - before[rows[i]["prediction"]], abs=1e-4)
+                assert row["true_confidence_change"] == pytest.approx(after[rows[i]["label"]] - before[rows[i]["label"]], abs=1e-4)
+                assert row["corrected"] == (after.argmax() == rows[i]["label"])
+                corrected.setdefault((strategy, k), []).append(row["corrected"])
+    for (strategy, k), values in corrected.items():
+        curve = summary_of(copied.run, "prune")["curves"][strategy]["corrected"]
+        at = KS.index(k)
+        assert curve["mean"][at] == pytest.approx(np.mean(values)) and curve["low"][at] <= np.mean(values) + 1e-12 and curve["high"][at] >= np.mean(values) - 1e-12
+    assert ended.json["samples"] == len(wrong(rows)) and ended.err.splitlines()[-1] == summary_of(copied.run, "prune")["found"]
+    assert f"{len(wrong(rows))} misclassified samples x 4 strategies x 3 sizes = {12 * len(wrong(rows))} prunings" in ended.err
+    assert all((copied.run / f"experiments/prune/{name}{suffix}").stat().st_size > 1000 for name in ("wrong_confidence", "true_confidence", "corrected") for suffix in (".png", ".svg"))
+
+
+def test_finetune_steps_are_tried_on_the_nearest_and_on_those_that_were_right(copied):
+    """v2 has fewer correct samples than are drawn as controls, so that they are all of them."""
+    ended = tiny.call("finetune", "--run", copied.run, "--from", "val", "--in", "v2", "-k", "2", "--rates", "0.5,2", "--max-samples", 5, "--format", "json")
+    assert ended.code == 0, ended.err
+    rows, held, pictures, vectors = profiles(copied.run, "val"), profiles(copied.run, "v2"), images(copied, "val") | images(copied, "v2"), standardised(copied.run)
+    got = rows_of(copied.run / "experiments/finetune")
+    assert len(got) == 5 * 5 * 2 and {(row["strategy"], row["k"], row["rate"]) for row in got} >= {("salient", 2, 0.5), ("least", 2, 2.0), ("all", 24, 0.5), ("conv", 24, 2.0)}
+    right = [i for i, row in held.items() if row["label"] == row["prediction"]]
+    run, checked = Run.open(copied.run), 0
+    for row in got:
+        if row["strategy"] == "random_live":
+            continue
+        i = row["sample_id"]
+        columns = {"salient": np.argsort(-vectors[i], kind="stable")[:2].tolist(), "least": np.argsort(vectors[i], kind="stable")[:2].tolist()}.get(row["strategy"], row["strategy"])
+        network = naive.stepped(tiny.net(), pictures[i], rows[i]["label"], columns, row["rate"], "global")
+        near = run.neighbors(f"val:{i}", k=10, within="v2")["sample_id"].to_pylist()
+        assert row["corrected"] == (naive.alone(network, pictures[i]).argmax() == rows[i]["label"])
+        repaired = [naive.alone(network, pictures[n]).argmax() == held[n]["label"] for n in near]
+        broken = [naive.alone(network, pictures[n]).argmax() != held[n]["label"] for n in right]
+        assert row["neighbors_corrected"] == pytest.approx(np.mean(repaired)) and row["broken"] == pytest.approx(np.mean(broken))
+        change = [naive.softmax(naive.alone(network, pictures[n]))[held[n]["label"]] - naive.softmax(naive.alone(tiny.net().double(), pictures[n]))[held[n]["label"]] for n in near]
+        assert row["neighbors_confidence_change"] == pytest.approx(np.mean(change), abs=1e-4)
+        checked += 1
+    assert checked == 40
+    effect = next(e for e in summary_of(copied.run, "finetune")["effects"] if (e["strategy"], e["rate"]) == ("all", 2.0))
+    assert effect["broken"]["estimate"] == pytest.approx(np.mean([row["broken"] for row in got if (row["strategy"], row["rate"]) == ("all", 2.0)]))
+    assert all((copied.run / f"experiments/finetune/{name}{suffix}").stat().st_size > 1000 for name in ("neighbours", "broken", "frontier") for suffix in (".png", ".svg"))
+
+
+def test_a_sample_is_neither_its_own_neighbour_nor_control_in_its_own_data_set(copied):
+    assert tiny.call("finetune", "--run", copied.run, "--from", "v2", "--in", "v2", "-k", "1", "--max-samples", 4).code == 0
+    assert len({row["sample_id"] for row in rows_of(copied.run / "experiments/finetune")}) == 4
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["prune", "-k", "0,5"], "-k: '0,5'"),
+        (["prune", "-k", "1,25"], "from 1 to 24"),
+        (["prune", "-k", "some"], "-k: 'some'"),
+        (["prune", "--mode", "hard"], "--mode: 'hard'"),
+        (["finetune", "--from", "val", "--in", "v3"], "--in: the index errors does not hold 'v3'"),
+        (["finetune", "--from", "val", "--in", "v2", "--rates", "0"], "--rates: '0'"),
+        (["finetune", "--from", "val", "--in", "v2", "--scope", "layer"], "--scope: 'layer'"),
+    ],
+)
+def test_what_does_not_exist_is_refused(copied, words, says):
+    assert says in tiny.call(words[0], "--run", copied.run, *words[1:]).refused() and not (copied.run / "experiments").exists()
+
+
+def test_other_settings_are_refused_by_name(copied):
+    assert tiny.call("prune", "--run", copied.run, "-k", "1").code == 0
+    assert "k [1], not [1, 2]" in tiny.call("prune", "--run", copied.run, "-k", "1,2").refused()
+    assert "mode map, not weights-and-bias" in tiny.call("prune", "--run", copied.run, "-k", "1", "--mode", "weights-and-bias").refused()
+    assert tiny.call("prune", "--run", copied.run, "-k", "1,2", "--fresh").code == 0
+
+
+def test_a_held_out_source_that_is_gone_is_refused(small, tmp_path):
+    import shutil
+
+    mine = tiny.Small(tmp_path / "run", tmp_path / "sources")
+    shutil.copytree(small.run, mine.run)
+    shutil.copytree(small.sources, mine.sources)
+    for census in (mine.run / "datasets").glob("*.json"):
+        census.write_text(census.read_text().replace(str(small.sources), str(mine.sources)))
+    shutil.rmtree(mine.sources / "v2")
+    assert "the images of v2 are read again" in tiny.call("finetune", "--run", mine.run, "--from", "val", "--in", "v2", "-k", "1").refused()
