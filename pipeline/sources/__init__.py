@@ -20,8 +20,7 @@ from itertools import groupby
 from typing import Protocol
 
 from pipeline.errors import BadRequest, printable
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+from pipeline.sources.files import DEVKIT, files_below
 
 FILES = {
     "tar shards": (".tar", ".tar.gz", ".tgz"),
@@ -117,7 +116,7 @@ def open_source(spec: str, devkit: str | None = None) -> tuple[Source, list[str]
     paths, root = _paths(spec)
     if len(paths) == 1 and os.path.isdir(paths[0]):
         root = paths[0]
-        paths = [p for p in _below(root) if kind_of_file(p) and "ILSVRC2012_devkit_t12" not in os.path.relpath(p, root)]
+        paths = [p for p in sorted(files_below(root, root)) if DEVKIT not in os.path.basename(p) and kind_of_file(p)]
         if not paths:
             return _folder(root, devkit)
     kinds = {kind_of_file(p): p for p in reversed(paths)}
@@ -189,15 +188,6 @@ def _paths(spec: str) -> tuple[list[str], str]:
         raise BadRequest(f"--source: there is no {printable(missing[0])}{more}; give {ACCEPTED}")
     fixed = re.split(r"[*?\[{]", os.path.abspath(os.path.expanduser(spec)), maxsplit=1)[0]
     return list(dict.fromkeys(paths)), os.path.dirname(fixed)
-
-
-def _below(folder: str) -> list[str]:
-    """Visible files below a folder, sorted; hidden folders (a download's `.cache`) are left out."""
-    found = []
-    for at, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        found.extend(os.path.join(at, f) for f in files if not f.startswith("."))
-    return sorted(found)
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import BadRequest, printable
 from pipeline.sources import RawSample, Shard, Source
-from pipeline.sources.class_folders import sample_id_of
+from pipeline.sources.classes import sample_id_of
 
 IMAGE, LABEL = ("image", "img"), ("label", "fine_label")  # names that Hugging Face's own data sets use
 ROWS = 16  # that are in memory at once

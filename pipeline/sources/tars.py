@@ -20,12 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pipeline.errors import BadRequest, printable
+from pipeline.sources.files import MOST_BYTES  # a few kilobytes of gzip can stand for any number of them
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MARK_EVERY = 128  # samples between two places from which reading can begin
-MOST_BYTES = 256 << 20  # of one image: a few kilobytes of gzip can stand for any number of them
 PARKED = 4  # streams that a process keeps open
 FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error)
+Key = Callable[[tarfile.TarInfo], str]
 
 
 def is_gzip(name: str) -> bool:
@@ -71,7 +72,7 @@ class Forward:
 
 @dataclass
 class Group:
-    """Consecutive regular members of one key, and what those of them hold that were asked for, by their offset."""
+    """Consecutive members of one key, and what those of them hold that were asked for, by their offset."""
 
     key: str
     members: list[tarfile.TarInfo] = field(default_factory=list)
@@ -84,11 +85,11 @@ class Group:
 class Walk:
     """Iterates the groups of a tar; `position` is the number of the next one. Contents are held from group `hold_from` on.
 
-    `key(member name)` -> the group that a member belongs to, or "" for one that is no part of any; folders, links and devices never are.
-    `holds(member name)`: whether a member's content is wanted. At most one group is in memory, and the first member of the next.
+    `key(member)` -> the group that a member belongs to, or "" for one that is no part of any, as folders and devices are.
+    `holds(member name)`: whether the content of a regular member is wanted. At most one group is in memory, and the first member of the next.
     """
 
-    def __init__(self, path: str, key: Callable[[str], str], holds: Callable[[str], bool], offset: int = 0, position: int = 0):
+    def __init__(self, path: str, key: Key, holds: Callable[[str], bool], offset: int = 0, position: int = 0):
         self.file = Forward(path, offset)
         self.position, self.hold_from = position, float("inf")
         self.key, self.holds = key, holds
@@ -111,7 +112,7 @@ class Walk:
         group, number = Group(""), self.position - 1
         for member in self.tar:
             self.tar.members.clear()  # tarfile keeps every header it has seen
-            key = self.key(member.name) if member.isfile() else ""
+            key = self.key(member)
             if not key:
                 continue
             if key != group.key:
@@ -119,7 +120,7 @@ class Walk:
                     yield group
                 group, number = Group(key), number + 1
             group.members.append(member)
-            if number >= self.hold_from and member.size <= MOST_BYTES and self.holds(member.name):
+            if number >= self.hold_from and member.isfile() and member.size <= MOST_BYTES and self.holds(member.name):
                 group.contents[member.offset] = self.tar.extractfile(member).read()
         if group.key:
             yield group
@@ -145,7 +146,7 @@ def fingerprint(path: str) -> str:
         return f"{size}-{file.read().hex()}"
 
 
-def count(path: str, key: Callable[[str], str], each: Callable[[int, Group], None]) -> tuple[int, str]:
+def count(path: str, key: Key, each: Callable[[int, Group], None]) -> tuple[int, str]:
     """(groups, digest of all members' names, sizes and times) of a tar, read to its end from its headers alone; `each` is shown every group.
 
     Raises BadRequest naming the file if it cannot be read to its end.
@@ -167,7 +168,7 @@ def count(path: str, key: Callable[[str], str], each: Callable[[int, Group], Non
             walk.close()
 
 
-def groups(path: str, key: Callable[[str], str], holds: Callable[[str], bool], mark: tuple[int, object], start: int, stop: int) -> Iterator[Group]:
+def groups(path: str, key: Key, holds: Callable[[str], bool], mark: tuple[int, object], start: int, stop: int) -> Iterator[Group]:
     """Groups [start, stop) with their contents. `mark`: the position and byte offset of a header, or of a .tar.gz its fingerprint.
 
     Raises BadRequest if there are fewer of them, or if a .tar.gz is not the file of the census.
@@ -222,7 +223,7 @@ def first_files(path: str, most: int = 32) -> list[str]:
     """Names of the first regular, visible files of a tar; fewer where it cannot be read on (the census will say so)."""
     found: list[str] = []
     with suppress(*FAULTS):
-        walk = Walk(path, lambda name: name if key_of(name)[0] else "", lambda name: False)
+        walk = Walk(path, lambda member: member.name if member.isfile() and key_of(member.name)[0] else "", lambda name: False)
         try:
             found.extend(group.key for _, group in zip(range(most), walk))
         finally:

@@ -61,9 +61,9 @@ def slow(names: list[str]) -> list[str]:
     return [f"{what} gzip, which cannot be entered in the middle: counting unpacks all of it, and every worker reads it from its beginning; gunzip it first to be faster"] if packed else []
 
 
-def _key(member: str) -> str:
-    """Hidden files have no key: they are no part of a sample."""
-    return key_of(member)[0]
+def _key(member: tarfile.TarInfo) -> str:
+    """Hidden files have no key, and neither have folders, links and devices: they are no part of a sample."""
+    return key_of(member.name)[0] if member.isfile() else ""
 
 
 def _is_part(member: str) -> bool:
