@@ -177,11 +177,37 @@ def test_bad_devkit_is_refused_by_file(tmp_path, file, content, message, packed)
 def test_damaged_devkit_archive_is_refused(tmp_path, content):
     (tmp_path / f"{DEVKIT}.tar.gz").write_bytes(content)
     source, (name,) = open_source(str(write_val(tmp_path / "val")))
-    with pytest.raises(BadRequest, match=rf"{DEVKIT}.tar.gz (cannot be read .*: fetch|holds no)"):
+    with pytest.raises(BadRequest, match=rf"{DEVKIT}.tar.gz (is no tar archive, or damaged|cannot be read .*): fetch"):
         source.census(name)
 
 
-@pytest.mark.parametrize("change", ["image added", "image removed", "image renamed"])
+def test_devkit_that_is_no_archive_is_refused_in_one_line(tmp_path):
+    shards.write_tree(tmp_path, {"build.py": b"print(1)\n" * 100})
+    source, (name,) = open_source(str(write_val(tmp_path / "val")), str(tmp_path / "build.py"))
+    with pytest.raises(BadRequest, match=f"build.py is no tar archive, or damaged: fetch {DEVKIT}.tar.gz again, and name that") as refusal:
+        source.census(name)
+    assert "\n" not in str(refusal.value)
+
+
+def test_ground_truth_that_is_cut_off_is_refused_by_its_lines(tmp_path):
+    """Otherwise a truncated download would set most of the images aside."""
+    write_devkit(tmp_path, WNIDS, TRUTH[:4])
+    source, (name,) = open_source(str(write_val(tmp_path / "val")))
+    with pytest.raises(BadRequest, match=f"{DEVKIT}: ILSVRC2012_validation_ground_truth.txt has 4 lines, and the images go up to number 10 .the whole one has 50,000.: fetch"):
+        source.census(name)
+
+
+@pytest.mark.parametrize("flat, sorted_", [(1, 5), (5, 1)])
+def test_folder_that_is_half_sorted_into_classes_is_refused(tmp_path, flat, sorted_):
+    """A script that was interrupted, or one image left behind: either reading would lose images without a word."""
+    write_devkit(tmp_path, WNIDS, TRUTH)
+    write_val(tmp_path / "val", range(1, flat + 1))
+    shards.write_tree(tmp_path / "val", {f"{wnid}/ILSVRC2012_val_{n:08d}.JPEG": b"J" for n, wnid in enumerate(WNIDS[:sorted_], flat + 1)})
+    with pytest.raises(BadRequest, match=f"val holds {flat} images of ImageNet's flat folder .* beside {sorted_} class folders with images .*: move the ones or the others elsewhere"):
+        open_source(str(tmp_path / "val"))
+
+
+@pytest.mark.parametrize("change", ["image added", "image removed", "image renamed", "other content"])
 def test_folder_that_changed_is_refused_and_another_devkit_is_another_version(tmp_path, change):
     write_devkit(tmp_path, WNIDS, TRUTH)
     write_devkit(tmp_path / "other", WNIDS, TRUTH[::-1])
@@ -191,6 +217,8 @@ def test_folder_that_changed_is_refused_and_another_devkit_is_another_version(tm
     assert open_source(str(val), str(tmp_path / "other" / DEVKIT))[0].census(name).version != shard.version == source.census(name).version
     if change == "image added":
         write_val(val, [0])
+    elif change == "other content":
+        (val / "ILSVRC2012_val_00000003.JPEG").write_bytes(b"larger")
     elif change == "image removed":
         (val / "ILSVRC2012_val_00000003.JPEG").unlink()
     else:

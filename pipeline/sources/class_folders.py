@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.errors import BadRequest, printable
-from pipeline.sources import ACCEPTED, RawSample, Shard, Source
+from pipeline.sources import ACCEPTED, Each, RawSample, Shard, Source
 from pipeline.sources.classes import Folder, labels_of, remarks, sample_id_of, stands_for_its_folders, told_apart
 from pipeline.sources.files import digest, files_below, folders_in, images_in, is_image, is_litter, load, look
 
@@ -68,7 +68,7 @@ class ClassFolders(Source):
         below = os.path.join(self.root, *full)
         return below if len(full) == 1 and not images_in(below) and stands_for_its_folders(full[0], ClassFolders(below)._full_and_empty()[0]) else None
 
-    def census(self, name: str) -> Shard:
+    def census(self, name: str, each: Each | None = None) -> Shard:
         """Counts files, and asks the size of each. A handle is [label, class folder, place of its images in the folder, their number, digest
         of all names in the folder, digest of their sizes]; the version is a digest of all of it."""
         images = {folder: self.images(folder) for folder in folders_in(self.root)}
@@ -84,6 +84,8 @@ class ClassFolders(Source):
                 part = images[folder][first : first + EVERY]
                 marks.append((samples + first, [label, folder, first, len(part), names, digest(size for size, _ in self._look(part))]))
             samples += len(images[folder])
+            for path in images[folder] if each else ():
+                each(sample_id_of(path), path)
         return Shard(name, samples, digest([list(labels), marks]), tuple(marks))
 
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.errors import BadRequest, printable
-from pipeline.sources import RawSample, Shard, Source
+from pipeline.sources import Each, RawSample, Shard, Source
 from pipeline.sources.classes import is_class, sample_id_of
 from pipeline.sources.files import DEVKIT, digest, files_below, folders_in, images_in, is_image, is_litter, load, look
 
@@ -60,7 +60,7 @@ class FlatImageNet(Source):
         """File names, sorted."""
         return images_in(self.root)
 
-    def census(self, name: str) -> Shard:
+    def census(self, name: str, each: Each | None = None) -> Shard:
         """Images of the folder, each of which is asked for its size. A handle is [digest of names and sizes up to the next mark, labels of
         these images]; the version is a digest of all of it."""
         images = self.images()
@@ -71,6 +71,8 @@ class FlatImageNet(Source):
             part = images[position : position + EVERY]
             known = [labels[n - 1] if 0 < n <= len(labels) else -1 for n in numbers[position : position + EVERY]]
             marks.append((position, [_digest(part, self._look(part)), known]))
+        for image in images if each else ():
+            each(sample_id_of(image), image)
         return Shard(name, len(images), digest(marks), tuple(marks))
 
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
@@ -144,6 +146,8 @@ def _devkit_files(root: str, given: str | None) -> tuple[str, bytes, bytes]:
         )  # fmt: skip
     try:
         found = _from_folder(path) if os.path.isdir(path) else _from_tar(path)
+    except tarfile.ReadError:  # whose text tells of every packing that was tried
+        raise BadRequest(f"{printable(path)} is no tar archive, or damaged: fetch {DEVKIT}.tar.gz again, and name that") from None
     except (OSError, tarfile.TarError, EOFError, zlib.error) as fault:
         raise BadRequest(f"{printable(path)} cannot be read ({printable(fault)}): fetch {DEVKIT}.tar.gz again") from None
     lacking = [name for name in (TRUTH, META) if name not in found]

@@ -11,6 +11,7 @@ from pipeline.errors import BadRequest, printable
 
 WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test", "testing": "test"}
 HUGGING_FACE = re.compile(r"([A-Za-z]\w*?)-\d+-of-\d+(?:-[0-9a-f]+)?\.[A-Za-z.]+$")
+VERSION = re.compile(r"(?<=[_.-])v\d+(?=[_.-])", re.IGNORECASE)
 PACKED = re.compile(r"(\.tar\.gz|\.tgz|\.tar)$", re.IGNORECASE)
 
 
@@ -36,8 +37,9 @@ def refuse_mixed(root: str, names: list[str], said: str) -> None:
     for name in names:
         splits.setdefault(split_of(name), []).append(name)
     found = sorted(set(splits) - {""})
-    if len(found) > 1 and not {WORDS.get(word, word) for word in re.findall(r"\w+?(?![A-Za-z])", said.lower())} >= {s.lower() for s in found}:
-        chosen = splits[split_of(preferred(names))]
+    meant = {WORDS.get(word) for word in re.findall("[a-z]+", said.lower())}
+    if len(found) > 1 and not all(split in meant or split in said for split in found):
+        chosen = splits[split_of(preferred(name for name in names if split_of(name)))]
         raise BadRequest(f"--source: {printable(root)} holds several splits ({printable(', '.join(found))}), which must not mix: name one by a pattern, for example '{printable(pattern_of(root, chosen))}'")
     stems: dict[str, str] = {}
     for name in names:
@@ -45,6 +47,16 @@ def refuse_mixed(root: str, names: list[str], said: str) -> None:
         if other != name:
             chosen = [n for n in names if PACKED.search(n)[1].lower() == ".tar"] or [other]
             raise BadRequest(f"--source: {printable(root)} holds {printable(other)} and {printable(name)}, one shard twice: name one of them by a pattern, for example '{printable(pattern_of(root, chosen))}'")
+
+
+def refuse_versions(root: str, names: list[str]) -> None:
+    """Raises BadRequest for files whose names differ in their version alone: CIFAR-10.1 v4 and v6 share most of their images."""
+    versions: dict[str, list[str]] = {}
+    for name in names:
+        versions.setdefault(VERSION.sub("", name), []).append(name)
+    several = next((found for found in versions.values() if len(found) > 1), None)
+    if several:
+        raise BadRequest(f"--source: {printable(root)} holds several versions of one data set ({printable(', '.join(several))}): name one, for example '{printable(os.path.join(root, several[-1]))}'")
 
 
 def pattern_of(root: str, chosen: list[str]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pipeline.errors import BadRequest, printable
-from pipeline.sources import RawSample, Shard, Source
+from pipeline.sources import Each, RawSample, Shard, Source
 from pipeline.sources.classes import Folder, labels_of, remarks, sample_id_of, stands_for_its_folders
 from pipeline.sources.files import MOST_BYTES, is_image, is_litter
 from pipeline.sources.tars import MARK_EVERY, Group, count, fingerprint, groups, is_gzip
@@ -33,18 +33,20 @@ class TarFolders(Source):
         """Whether the first files of an archive are images in folders, and no labels."""
         return any(_image_path(f) for f in files) and not any(f.lower().endswith((".cls", ".json")) for f in files)
 
-    def census(self, name: str) -> Shard:
+    def census(self, name: str, each: Each | None = None) -> Shard:
         """Images of the archive from its headers alone. A handle is [byte offset (of a .tar.gz: its fingerprint), parts of a path above the
         class folder, [[class, label], ...] of the samples up to the next mark]."""
         path, contents = os.path.join(self.root, name), _Contents()
         marks: list[tuple[int, object, dict]] = []
 
-        def each(position: int, group: Group) -> None:
+        def note(position: int, group: Group) -> None:
+            if each:
+                each(sample_id_of(group.key), group.key)
             if position % MARK_EVERY == 0:
                 marks.append((position, group.members[0].offset, {}))
             marks[-1][2][posixpath.dirname(group.key)] = None
 
-        samples, version = count(path, contents.key, each)
+        samples, version = count(path, contents.key, note)
         contents.refuse_other_layouts(path)
         up = contents.above()
         label = labels_of(path, contents.folders(up), f"unpack it, and give the folder {'/'.join([*contents.shared(up), ''])}")

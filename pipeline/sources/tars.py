@@ -22,15 +22,15 @@ from dataclasses import dataclass, field
 from pipeline.errors import BadRequest, printable
 from pipeline.sources.files import MOST_BYTES  # a few kilobytes of gzip can stand for any number of them
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MARK_EVERY = 128  # samples between two places from which reading can begin
 PARKED = 4  # streams that a process keeps open
 FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error)
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 Key = Callable[[tarfile.TarInfo], str]
 
 
 def is_gzip(name: str) -> bool:
-    return not name.endswith(".tar")
+    return not name.lower().endswith(".tar")
 
 
 def key_of(path: str) -> tuple[str, str]:
@@ -127,12 +127,13 @@ class Walk:
 
     def check_end(self) -> None:
         """Raises ReadError unless the archive ended with tar's own end mark, a block of zeros (tarfile stops as quietly where a transfer was
-        cut off, or at a damaged header), and gzip's checksum holds to the end of the file."""
+        cut off, or at a damaged header), with nothing but zeros behind it, and gzip's checksum holds to the end of the file."""
         block = self.file.last
         if block != tarfile.NUL * tarfile.BLOCKSIZE:
             raise tarfile.ReadError(f"{'a damaged header' if block else 'no end mark'} at byte {self.tar.offset}")
-        while not self.file.seekable and self.file.read(1 << 20):
-            pass
+        while rest := self.file.read(1 << 20):
+            if rest.count(0) < len(rest):
+                raise tarfile.ReadError(f"more follows its end mark at byte {self.tar.offset}: several archives in one file are to be separate ones")
 
     def close(self) -> None:
         self.file.file.close()
@@ -153,6 +154,7 @@ def count(path: str, key: Key, each: Callable[[int, Group], None]) -> tuple[int,
     """
     digest, walk = hashlib.sha256(), None
     try:
+        _refuse_misnamed(path)
         if is_gzip(path):
             digest.update(fingerprint(path).encode())
         walk = Walk(path, key, lambda name: False)
@@ -166,6 +168,17 @@ def count(path: str, key: Key, each: Callable[[int, Group], None]) -> tuple[int,
     finally:
         if walk is not None:
             walk.close()
+
+
+def _refuse_misnamed(path: str) -> None:
+    """Raises BadRequest for an archive that is packed otherwise than its name says: no other would find it."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    packing = next((name for magic, name in MAGIC.items() if start.startswith(magic)), "plain" if start[257:262] == b"ustar" else None)
+    if packing in ("bzip2", "xz", "zstd"):
+        raise BadRequest(f"{printable(path)} is packed by {packing}, which is not read here: unpack it, or pack it by gzip")
+    if packing and (packing == "gzip") != is_gzip(path):
+        raise BadRequest(f"{printable(path)} is {'packed by gzip' if packing == 'gzip' else 'a plain tar'}, whatever its name says: rename it to {'.tar.gz' if packing == 'gzip' else '.tar'}")
 
 
 def groups(path: str, key: Key, holds: Callable[[str], bool], mark: tuple[int, object], start: int, stop: int) -> Iterator[Group]:
