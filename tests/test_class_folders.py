@@ -35,7 +35,7 @@ def test_label_is_the_rank_of_the_folder(tmp_path):
     source, names = open_source(str(shards.write_tree(tmp_path, TREE | {"cat/.git/x.jpg": b"hidden", "cat/@eaDir/1.jpg/thumb.jpg": b"litter"})))
     assert (source.kind, names, source.classes()) == ("class folders", ["."], ["cat", "dog", "emu"])
     assert [(s.sample_id, s.image, s.label) for s in shards.samples(source, ".")] == [("cat/1", b"c1", 0), ("cat/sub/1", b"cs1", 0), ("dog/10", b"d10", 1), ("dog/2", b"d2", 1), ("emu/1", b"e1", 2)]
-    assert source.advice(names) == ["no class, since there are no images in it: bird", "1 images that lie in no class folder are left out: readme.jpg"]
+    assert source.advice(names) == ["no class, since there are no images in it: bird", "images that lie in no class folder are left out: readme.jpg (1 in all)"]
 
 
 def test_ids_are_those_of_a_tar_of_the_tree(tmp_path):

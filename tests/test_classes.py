@@ -6,6 +6,7 @@ import tarfile
 import pytest
 import shards
 
+from pipeline import wnids
 from pipeline.errors import BadRequest
 from pipeline.sources import open_source
 
@@ -110,6 +111,14 @@ def test_older_release_of_v2_is_known_whatever_lies_beside(tmp_path, form):
     files = {f"{w}/{i:02d}{w}.jpeg": b"J" for w in WNIDS for i in range(20)} | {"labels/": b"", "n00000001/": b"", f"{WNIDS[0]}/more.jpg": b"J"}
     with pytest.raises(BadRequest, match="looks like the older release of ImageNet-v2"):
         labels(given(tmp_path, files, form))
+
+
+def test_subset_of_imagenet_is_said_to_be_one(tmp_path):
+    """Its ranks are not the labels of a network of all classes, until the others have a folder too."""
+    source, names = open_source(str(shards.write_tree(tmp_path, {f"{w}/x{w}.jpg": b"J" for w in wnids.IDS[::2]})))
+    assert source.advice(names) == ["500 of ImageNet's 1,000 classes have a folder: a label is the rank among these; for a network of all 1,000, add an empty folder for every other class"]
+    shards.write_tree(tmp_path, {f"{w}/": b"" for w in wnids.IDS})
+    assert source.advice(names) == [] and [s.label for s in shards.samples(source, *names)] == list(range(0, 1000, 2))
 
 
 # ---- archives that only begin as class folders do ------------------------------------------------------------------

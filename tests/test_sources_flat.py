@@ -203,7 +203,7 @@ def test_folder_that_is_half_sorted_into_classes_is_refused(tmp_path, flat, sort
     write_devkit(tmp_path, WNIDS, TRUTH)
     write_val(tmp_path / "val", range(1, flat + 1))
     shards.write_tree(tmp_path / "val", {f"{wnid}/ILSVRC2012_val_{n:08d}.JPEG": b"J" for n, wnid in enumerate(WNIDS[:sorted_], flat + 1)})
-    with pytest.raises(BadRequest, match=f"val holds {flat} images of ImageNet's flat folder .* beside {sorted_} class folders with images .*: move the ones or the others elsewhere"):
+    with pytest.raises(BadRequest, match=f"val holds images of ImageNet's flat folder .ILSVRC2012_val_00000001.JPEG, {flat} in all. beside class folders with images .*, {sorted_} in all.: move the ones or the others elsewhere"):
         open_source(str(tmp_path / "val"))
 
 

@@ -157,6 +157,13 @@ def test_damaged_file_is_refused(tmp_path, damage):
         source.census(name)
 
 
+def test_link_that_leads_nowhere_is_refused(tmp_path):
+    (tmp_path / "a.parquet").symlink_to("/nowhere")
+    source, (name,) = open_source(str(tmp_path))
+    with pytest.raises(BadRequest, match=r"a.parquet cannot be read \(.*No such file.*\): fetch it again, or leave it out of --source"):
+        source.census(name)
+
+
 def test_damaged_page_is_said_of_the_file(tmp_path):
     path = write(tmp_path / "a.parquet", [(b"J" * 1000, None, i) for i in range(20)], compression="snappy", use_dictionary=False)
     source, (name,) = open_source(str(path))

@@ -137,7 +137,7 @@ def open_source(spec: str, devkit: str | None = None) -> tuple[Source, list[str]
 
 def _refuse_beside_images(root: str, archives: list[str], images: list[str]) -> None:
     """Raises BadRequest for a folder of images with a few archives in it: which of the two is the data set, nobody can tell. (A picture or two beside shards illustrate something.)"""
-    folders = {os.path.dirname(image) for image in images}
+    folders = {os.path.dirname(image) for image in images} - {""}
     if len(images) > len(archives) and (len(folders) > 1 or any(UNPACKED.fullmatch(image) for image in images)):
         raise BadRequest(
             f"--source: {printable(root)} holds images ({printable(images[0])}, ...) and {kind_of_file(os.path.join(root, archives[0]))} ({printable(archives[0])}) beside them: "

@@ -15,7 +15,7 @@ from typing import ClassVar
 from pipeline.errors import BadRequest, printable
 from pipeline.sources import ACCEPTED, Each, RawSample, Shard, Source
 from pipeline.sources.classes import Folder, labels_of, remarks, sample_id_of, stands_for_its_folders, told_apart
-from pipeline.sources.files import digest, files_below, folders_in, images_in, is_image, is_litter, load, look
+from pipeline.sources.files import digest, files_below, folders_in, holds_image, images_in, is_image, is_litter, load, look
 
 EVERY = 64  # images between two marks: so many are looked at to read one
 
@@ -49,17 +49,13 @@ class ClassFolders(Source):
 
     def images(self, folder: str) -> list[str]:
         """Image paths of one class, below the root, with `/`, sorted."""
-        return sorted(self._images(folder))
-
-    def _images(self, folder: str) -> Iterator[str]:
         start = len(os.path.join(self.root, ""))
-        if not is_litter(folder):
-            yield from (path[start:] for path in files_below(os.path.join(self.root, folder), self.root) if is_image(path))
+        return [] if is_litter(folder) else sorted(path[start:] for path in files_below(os.path.join(self.root, folder), self.root) if is_image(path))
 
     def _full_and_empty(self) -> tuple[list[str], list[str]]:
-        """(folders that hold images, folders that hold none): each is looked into up to its first image."""
+        """(folders that hold images, folders that hold none)."""
         folders = folders_in(self.root)
-        full = [folder for folder in folders if any(self._images(folder))]
+        full = [folder for folder in folders if not is_litter(folder) and holds_image(os.path.join(self.root, folder), self.root)]
         return full, [folder for folder in folders if folder not in set(full)]
 
     def _only_folder(self) -> str | None:
@@ -104,7 +100,7 @@ class ClassFolders(Source):
 
     def advice(self, names: list[str]) -> list[str]:
         stray = images_in(self.root)
-        return remarks(*self._full_and_empty()) + ([f"{len(stray)} images that lie in no class folder are left out: {printable(stray[0])}"] if stray else [])
+        return remarks(*self._full_and_empty()) + ([f"images that lie in no class folder are left out: {printable(stray[0])} ({len(stray)} in all)"] if stray else [])
 
     def _look(self, paths: list[str]) -> list[tuple[int, str | None]]:
         """Size of each, and why it cannot be used."""

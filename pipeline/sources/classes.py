@@ -22,9 +22,11 @@ from pipeline.errors import BadRequest, printable
 from pipeline.sources.files import DEVKIT
 from pipeline.sources.splits import WORDS, preferred
 from pipeline.sources.tars import key_of
+from pipeline.wnids import LABEL
 
 IMAGENET_NAME = re.compile(r"(ILSVRC2012_(?:val|test|train)_\d{8}|n\d{8}_\d+)(?:_n\d{8})?$")
 WNID = re.compile(r"n\d{8}")
+NUMBER = re.compile(r"\d{1,18}")
 OLD_V2 = 20  # images in every class of the older release of ImageNet-v2
 
 
@@ -60,7 +62,7 @@ def labels_of(where: str, folders: Mapping[str, Folder], give: str) -> dict[str,
             f"--source: {printable(where)}: the other class folders are named by {_scheme(full)[0]}, and {_some(strangers)} "
             f"{'holds images too' if len(strangers) == 1 else 'hold images too'}: move {'it' if len(strangers) == 1 else 'them'} elsewhere, or rename"
         )
-    if len(classes) == 1 and not classes[0].isdecimal():
+    if len(classes) == 1 and not _is_number(classes[0]):
         raise BadRequest(
             f"--source: {printable(where)} holds images in one folder alone, {printable(classes[0])}, and no labels follow from that: "
             f"give the folder that holds all class folders, or pack the images as tar shards with .cls"
@@ -85,7 +87,7 @@ def told_apart(full: Collection[str], empty: Collection[str]) -> tuple[list[str]
 
 def is_class(name: str) -> bool:
     """Whether a folder's name alone says that it is a class: a number, or a WordNet ID."""
-    return name.isdecimal() or WNID.fullmatch(name) is not None
+    return _is_number(name) or WNID.fullmatch(name) is not None
 
 
 def stands_for_its_folders(name: str, inner: Collection[str]) -> bool:
@@ -99,6 +101,8 @@ def remarks(full: Collection[str], empty: Collection[str]) -> list[str]:
     lines = [f"no class, since there are no images in it: {_some(passed)}"] if passed else []
     if _are_numbers(classes) and len(classes) > 1 and int(classes[-1]) >= len(classes):
         lines.append(f"the class folders are numbers with gaps ({printable(classes[0])} to {printable(classes[-1])}, {len(classes)} of them): the number of a folder is taken as its label, counted from 0")
+    if 1 < len(classes) < len(LABEL) and all(name in LABEL for name in classes):
+        lines.append(f"{len(classes)} of ImageNet's {len(LABEL):,} classes have a folder: a label is the rank among these; for a network of all {len(LABEL):,}, add an empty folder for every other class")
     return lines
 
 
@@ -113,12 +117,16 @@ def _scheme(full: Collection[str]) -> tuple[str, re.Pattern] | None:
     """(what most of the folders that hold images are named by, a pattern of such names), or None for names of other kinds."""
     if any(map(WNID.fullmatch, full)):
         return "WordNet IDs", WNID
-    numbers = sum(name.isdecimal() for name in full)
-    return ("numbers", re.compile(r"\d+")) if numbers and 2 * numbers >= len(full) else None
+    numbers = sum(map(_is_number, full))
+    return ("numbers", NUMBER) if numbers and 2 * numbers >= len(full) else None
+
+
+def _is_number(name: str) -> bool:
+    return NUMBER.fullmatch(name) is not None
 
 
 def _are_numbers(classes: Collection[str]) -> bool:
-    return bool(classes) and all(name.isdecimal() for name in classes)
+    return bool(classes) and all(map(_is_number, classes))
 
 
 def _refuse_numbers(where: str, ordered: list[str]) -> None:
@@ -140,9 +148,9 @@ def _refuse_folder_above(where: str, full: Mapping[str, Folder], give: str) -> N
     halves = len({_split(name) for name in splits}) > 1 and 2 * len(splits) >= len(full)
     deeper = {f"{name}/{inner}": count for name, folder in full.items() if not WNID.fullmatch(name) for inner, count in folder.deeper.items()}
     instead = {name for name in splits if halves or sum(full[name].deeper.values()) == full[name].images} | _parents(deeper, WNID.fullmatch)
-    numbered = sum(count for path, count in deeper.items() if _parents([path], str.isdecimal))
+    numbered = sum(count for path, count in deeper.items() if _parents([path], _is_number))
     if not instead and 2 * numbered > sum(folder.images for folder in full.values()):
-        instead = _parents(deeper, str.isdecimal)
+        instead = _parents(deeper, _is_number)
     if instead:
         what = f"holds several splits ({_some(sorted(splits))})" if halves else "has its class folders further down"
         better = preferred(instead | {path for path in deeper if _split(os.path.basename(path))})

@@ -60,6 +60,16 @@ def files_below(folder: str, root: str) -> Iterator[str]:
         waiting.extend(path for _, path in sorted(inner, reverse=True))  # links last
 
 
+def holds_image(folder: str, root: str) -> bool:
+    """Whether there is an image at any depth of a folder of `root`. No more is listed than it takes to find one."""
+    try:
+        with os.scandir(folder) as entries:
+            found = any(is_image(e.name) and not _is_folder(e) and _is_file(e) for e in entries) and not (os.path.islink(folder) and _lies_in(root, folder))
+    except OSError as fault:
+        raise _unlisted(folder, fault) from None
+    return found or any(map(is_image, files_below(folder, root)))
+
+
 def _lies_in(folder: str, link: str) -> bool:
     """Whether a link leads to a folder, or to one that it lies in: round in a circle."""
     return os.path.join(os.path.realpath(folder), "").startswith(os.path.join(os.path.realpath(link), ""))
@@ -99,7 +109,11 @@ def _listed(folder: str) -> list[os.DirEntry]:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as fault:
-        raise BadRequest(f"--source: {printable(folder)} cannot be listed ({printable(fault.strerror)}): make it readable, or move it elsewhere") from None
+        raise _unlisted(folder, fault) from None
+
+
+def _unlisted(folder: str, fault: OSError) -> BadRequest:
+    return BadRequest(f"--source: {printable(folder)} cannot be listed ({printable(fault.strerror)}): make it readable, or move it elsewhere")
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -20,7 +20,7 @@ from typing import ClassVar
 from pipeline.errors import BadRequest, printable
 from pipeline.sources import Each, RawSample, Shard, Source
 from pipeline.sources.classes import is_class, sample_id_of
-from pipeline.sources.files import DEVKIT, digest, files_below, folders_in, images_in, is_image, is_litter, load, look
+from pipeline.sources.files import DEVKIT, digest, folders_in, holds_image, images_in, is_litter, load, look
 
 NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:_n\d{8})?\.")
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -47,12 +47,12 @@ class FlatImageNet(Source):
             if len(inner) != 1 or is_class(inner[0]) or not _is_flat(os.path.join(folder, inner[0])):
                 return None
             folder = os.path.join(folder, inner[0])
-        classes = [name for name in folders_in(folder) if is_class(name) and any(map(is_image, files_below(os.path.join(folder, name), folder)))]
+        classes = [name for name in folders_in(folder) if is_class(name) and holds_image(os.path.join(folder, name), folder)]
         if classes:
             flat = [name for name in images_in(folder) if NAME.match(name)]
             raise BadRequest(
-                f"--source: {printable(folder)} holds {len(flat)} images of ImageNet's flat folder ({printable(flat[0])}, ...) beside {len(classes)} class folders with images "
-                f"({printable(classes[0])}, ...): move the ones or the others elsewhere, or finish sorting them"
+                f"--source: {printable(folder)} holds images of ImageNet's flat folder ({printable(flat[0])}, {len(flat)} in all) beside class folders with images "
+                f"({printable(classes[0])}, {len(classes)} in all): move the ones or the others elsewhere, or finish sorting them"
             )
         return cls(folder, devkit), ["."]
 

@@ -97,12 +97,15 @@ class HuggingFaceParquet(Source):
 
     def _version(self, name: str) -> str:
         """A digest of the file's size and footer, whose length stands before the last 4 bytes."""
-        with open(self._path(name), "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 8))
-            footer = int.from_bytes(file.read(4), "little") + 8
-            file.seek(max(0, size - footer))
-            return hashlib.sha256(b"%d" % size + file.read(min(footer, 64 << 20))).hexdigest()[:16]
+        try:
+            with open(self._path(name), "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 8))
+                footer = int.from_bytes(file.read(4), "little") + 8
+                file.seek(max(0, size - footer))
+                return hashlib.sha256(b"%d" % size + file.read(min(footer, 64 << 20))).hexdigest()[:16]
+        except OSError as fault:
+            raise BadRequest(f"{printable(self._path(name))} cannot be read ({_first_line(fault)}): fetch it again, or leave it out of --source") from None
 
     def _columns(self, name: str, schema: pa.Schema) -> tuple[str, str]:
         """(image column, label column). Raises BadRequest saying in one sentence what is there instead."""
