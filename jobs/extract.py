@@ -20,6 +20,7 @@ from jobs.work import ATTEMPTS, Work, hold, run_units
 from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.manifest import Manifest
 from pipeline.sources import Shard, Source, open_source
+from pipeline.sources.doubles import Ids
 from pipeline.statistics import IMPORTED, Reference
 from pipeline.store import Census, Progress, Store
 from pipeline.units import MOST, Unit
@@ -138,16 +139,17 @@ def refuse_imported(store: Store, dataset: str) -> None:
 
 
 def take_census(store: Store, settings: Settings, source: Source, names: list[str]) -> Census:
-    """Count the shards, or remember their counts. Raises BadRequest if a shard is damaged or not what this data set was made from."""
+    """Count the shards, or remember their counts. Raises BadRequest if a shard is damaged or not what this data set was made from, or if an ID stands twice."""
     known: dict[str, Shard] = {}
     if settings.dataset in store.datasets():
         before = store.census(settings.dataset)
         if (before.kind, before.root) != (source.kind, source.root):
             raise BadRequest(f"--source: data set '{printable(settings.dataset)}' of this run comes from {printable(before.spec)} ({before.kind} in {printable(before.root)}), not {printable(settings.source)}; give another --dataset or --run")
         known = {shard.name: shard for shard in before.shards}
+    ids = Ids(source)
     with ThreadPoolExecutor(min(16, len(names))) as pool, ProgressBar("counting shards", len(names), unit="shards") as bar:
         shards, faults, samples = [], [], 0
-        for counted in pool.map(lambda name: _count(source, name), names):
+        for counted in pool.map(lambda name: _count(ids, name), names):
             bar.advance(1)
             if isinstance(counted, BadRequest):
                 faults.append(str(counted))
@@ -163,14 +165,15 @@ def take_census(store: Store, settings: Settings, source: Source, names: list[st
             raise BadRequest(f"--source: {printable(', '.join(which[:3]))} {'is' if what[0] == 'p' else 'has'} {what}; put it back, or extract into another --dataset")
     if not samples:
         raise BadRequest(f"--source: {printable(settings.source)} holds no sample")
+    ids.refuse_doubles()
     counted = {shard.name for shard in shards}
     forgotten = tuple(shard for shard in known.values() if shard.name not in counted)  # not asked for now, and still part of the data set
     return Census(settings.source, source.kind, source.root, (*shards, *forgotten), settings.max_samples, len(shards))
 
 
-def _count(source: Source, name: str) -> Shard | BadRequest:
+def _count(ids: Ids, name: str) -> Shard | BadRequest:
     try:
-        return source.census(name)
+        return ids.census(name)
     except BadRequest as fault:
         return fault
 

@@ -71,6 +71,34 @@ def test_labels_are_found_beside(tmp_path, images, labels):
     assert [s.label for s in all_of(tmp_path / images)] == [4, 2]
 
 
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (np.array([1.0, 2.0]), r"its labels are float64 \(2,\), not 2 whole numbers: save them as int64"),
+        (np.array(["1", "2"]), r"its labels are <U1 \(2,\), not 2 whole numbers: save them as int64"),
+        (np.eye(2, 10, dtype=int), r"its labels are int64 \(2, 10\), not 2 whole numbers: save the argmax\(1\) of them"),
+        (np.array([1, None], object), "its labels cannot be used: it holds Python objects"),
+        (np.array([1, 2, 3]), r"its labels are int64 \(3,\), not 2 whole numbers"),
+    ],
+)
+@pytest.mark.parametrize("form", ["npy", "npz"])
+def test_labels_that_cannot_be_used_are_said_to_be_so(tmp_path, labels, message, form):
+    """Not that there were none, and not that they are bad images."""
+    write(tmp_path, form, pictures(2), labels)
+    source, (name,) = open_source(str(tmp_path))
+    with pytest.raises(BadRequest, match=rf"cifar10.1_v6(_data)?.np. cannot be read: {message}"):
+        source.census(name)
+
+
+def test_two_versions_of_one_data_set_are_refused(tmp_path):
+    """CIFAR-10.1 is published as v4 and v6, which share most of their images."""
+    for version in ("v4", "v6"):
+        write(tmp_path, "npy", pictures(2), np.array([1, 2]), f"cifar10.1_{version}")
+    with pytest.raises(BadRequest, match=r"holds several versions of one data set \(cifar10.1_v4_data.npy, cifar10.1_v6_data.npy\): name one, for example '.*/cifar10.1_v6_data.npy'"):
+        open_source(str(tmp_path))
+    assert len(all_of(tmp_path / "cifar10.1_v6*")) == 2
+
+
 @pytest.mark.parametrize("keys", [("images", "labels"), ("data", "labels"), ("x", "y"), ("x_test", "y_test")])
 def test_names_inside_an_npz(tmp_path, keys):
     np.savez(tmp_path / "a.npz", **{keys[0]: pictures(2), keys[1]: [1, 2], "more": [0]})

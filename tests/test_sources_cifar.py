@@ -114,6 +114,8 @@ def test_two_releases_in_one_folder_are_refused(tmp_path):
     write_release(tmp_path / "b")
     with pytest.raises(BadRequest, match=r"CIFAR batches in several folders \(a, b\): name one"):
         open_source(str(tmp_path))
+    with pytest.raises(BadRequest, match=r"CIFAR batches in several folders \(., below\): name one"):
+        open_source(str(write_release(tmp_path / "a/below").parent))
 
 
 @pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-python.tar"])

@@ -97,10 +97,10 @@ def test_subset_keeps_the_labels_of_its_numbers(tmp_path):
 
 def test_image_that_the_devkit_does_not_know_is_set_aside_in_place(tmp_path):
     write_devkit(tmp_path, WNIDS, TRUTH)
-    val = shards.write_tree(write_val(tmp_path / "val", [1, 11]), {"ILSVRC2012_val_00000000.JPEG": b"J", "extra.JPEG": b"J", "._ILSVRC2012_val_00000001.JPEG": b"mac", "notes.txt": b"", "two\nlines.png": b"J"})
+    val = shards.write_tree(write_val(tmp_path / "val", [1, 50_001]), {"ILSVRC2012_val_00000000.JPEG": b"J", "extra.JPEG": b"J", "._ILSVRC2012_val_00000001.JPEG": b"mac", "notes.txt": b"", "two\nlines.png": b"J"})
     source, (name,) = open_source(str(val))
     got = shards.samples(source, name)
-    assert [(s.sample_id, s.label, bool(s.fault)) for s in got] == [("ILSVRC2012_val_00000000", -1, True), ("ILSVRC2012_val_00000001", LABELS[0], False), ("ILSVRC2012_val_00000011", -1, True), ("extra", -1, True), ("two\nlines", -1, True)]
+    assert [(s.sample_id, s.label, bool(s.fault)) for s in got] == [("ILSVRC2012_val_00000000", -1, True), ("ILSVRC2012_val_00000001", LABELS[0], False), ("ILSVRC2012_val_00050001", -1, True), ("extra", -1, True), ("two\nlines", -1, True)]
     assert "the devkit has no label for this name" in got[0].fault
 
 
@@ -177,11 +177,37 @@ def test_bad_devkit_is_refused_by_file(tmp_path, file, content, message, packed)
 def test_damaged_devkit_archive_is_refused(tmp_path, content):
     (tmp_path / f"{DEVKIT}.tar.gz").write_bytes(content)
     source, (name,) = open_source(str(write_val(tmp_path / "val")))
-    with pytest.raises(BadRequest, match=rf"{DEVKIT}.tar.gz (cannot be read .*: fetch|holds no)"):
+    with pytest.raises(BadRequest, match=rf"{DEVKIT}.tar.gz (is no tar archive, or damaged|cannot be read .*): fetch"):
         source.census(name)
 
 
-@pytest.mark.parametrize("change", ["image added", "image removed", "image renamed"])
+def test_devkit_that_is_no_archive_is_refused_in_one_line(tmp_path):
+    shards.write_tree(tmp_path, {"build.py": b"print(1)\n" * 100})
+    source, (name,) = open_source(str(write_val(tmp_path / "val")), str(tmp_path / "build.py"))
+    with pytest.raises(BadRequest, match=f"build.py is no tar archive, or damaged: fetch {DEVKIT}.tar.gz again, and name that") as refusal:
+        source.census(name)
+    assert "\n" not in str(refusal.value)
+
+
+def test_ground_truth_that_is_cut_off_is_refused_by_its_lines(tmp_path):
+    """Otherwise a truncated download would set most of the images aside."""
+    write_devkit(tmp_path, WNIDS, TRUTH[:4])
+    source, (name,) = open_source(str(write_val(tmp_path / "val")))
+    with pytest.raises(BadRequest, match=f"{DEVKIT}: ILSVRC2012_validation_ground_truth.txt has 4 lines, and the images go up to number 10 .the whole one has 50,000.: fetch"):
+        source.census(name)
+
+
+@pytest.mark.parametrize("flat, sorted_", [(1, 5), (5, 1)])
+def test_folder_that_is_half_sorted_into_classes_is_refused(tmp_path, flat, sorted_):
+    """A script that was interrupted, or one image left behind: either reading would lose images without a word."""
+    write_devkit(tmp_path, WNIDS, TRUTH)
+    write_val(tmp_path / "val", range(1, flat + 1))
+    shards.write_tree(tmp_path / "val", {f"{wnid}/ILSVRC2012_val_{n:08d}.JPEG": b"J" for n, wnid in enumerate(WNIDS[:sorted_], flat + 1)})
+    with pytest.raises(BadRequest, match=f"val holds images of ImageNet's flat folder .ILSVRC2012_val_00000001.JPEG, {flat} in all. beside class folders with images .*, {sorted_} in all.: move the ones or the others elsewhere"):
+        open_source(str(tmp_path / "val"))
+
+
+@pytest.mark.parametrize("change", ["image added", "image removed", "image renamed", "other content"])
 def test_folder_that_changed_is_refused_and_another_devkit_is_another_version(tmp_path, change):
     write_devkit(tmp_path, WNIDS, TRUTH)
     write_devkit(tmp_path / "other", WNIDS, TRUTH[::-1])
@@ -191,10 +217,12 @@ def test_folder_that_changed_is_refused_and_another_devkit_is_another_version(tm
     assert open_source(str(val), str(tmp_path / "other" / DEVKIT))[0].census(name).version != shard.version == source.census(name).version
     if change == "image added":
         write_val(val, [0])
+    elif change == "other content":
+        (val / "ILSVRC2012_val_00000003.JPEG").write_bytes(b"larger")
     elif change == "image removed":
         (val / "ILSVRC2012_val_00000003.JPEG").unlink()
     else:
-        (val / "ILSVRC2012_val_00000003.JPEG").rename(val / "ILSVRC2012_val_00000013.JPEG")
+        (val / "ILSVRC2012_val_00000003.JPEG").rename(val / "ILSVRC2012_val_00000003.png")
     with pytest.raises(BadRequest, match="val holds other files than when the run began"):
         list(source.read(shard.marks, name, 0, 10))
     assert source.census(name).version != shard.version

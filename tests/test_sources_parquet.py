@@ -70,6 +70,23 @@ def test_null_struct_is_a_row_without_bytes(tmp_path):
     assert [(s.fault or "")[:24] for s in read(tmp_path / "a.parquet")] == ["the row holds no image b", ""]
 
 
+def test_path_that_is_no_text_is_written_as_its_escapes(tmp_path):
+    """One odd name among a thousand must not end a run."""
+    paths = pa.array([b"ok.jpg", b"caf\xe9.jpg", None], pa.binary()).view(pa.string())
+    image = pa.StructArray.from_arrays([pa.array([b"J", b"K", b"L"]), paths], names=["bytes", "path"])
+    pq.write_table(pa.table({"image": image, "label": [1, 2, 3]}), tmp_path / "a.parquet")
+    assert [(s.sample_id, s.image, s.label, s.fault) for s in read(tmp_path / "a.parquet")] == [("ok", b"J", 1, None), ("caf\\xe9", b"K", 2, None), ("a/000002", b"L", 3, None)]
+
+
+@pytest.mark.parametrize("twice", ["image", "label"])
+def test_column_that_is_there_twice_is_refused(tmp_path, twice):
+    columns = [("image", pa.array([{"bytes": b"J", "path": None}], IMAGE)), ("label", pa.array([1]))]
+    columns += [c for c in columns if c[0] == twice]
+    pq.write_table(pa.Table.from_arrays([c for _, c in columns], names=[n for n, _ in columns]), tmp_path / "a.parquet")
+    with pytest.raises(BadRequest, match=f"a.parquet has 2 columns '{twice}': which one is meant"):
+        read(tmp_path / "a.parquet")
+
+
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
     path = write(tmp_path_factory.mktemp("long") / "a.parquet", [(b"J" * (i % 40), None if i % 3 else f"{i}.jpg", i) for i in range(100)], groups=17)
@@ -140,6 +157,13 @@ def test_damaged_file_is_refused(tmp_path, damage):
         source.census(name)
 
 
+def test_link_that_leads_nowhere_is_refused(tmp_path):
+    (tmp_path / "a.parquet").symlink_to("/nowhere")
+    source, (name,) = open_source(str(tmp_path))
+    with pytest.raises(BadRequest, match=r"a.parquet cannot be read \(.*No such file.*\): fetch it again, or leave it out of --source"):
+        source.census(name)
+
+
 def test_damaged_page_is_said_of_the_file(tmp_path):
     path = write(tmp_path / "a.parquet", [(b"J" * 1000, None, i) for i in range(20)], compression="snappy", use_dictionary=False)
     source, (name,) = open_source(str(path))
@@ -164,7 +188,7 @@ def test_several_splits_in_a_folder_are_refused(tmp_path):
     """The folder of a whole repository: training images must not become part of a holdout set unasked."""
     for split in ("train", "validation"):
         write(tmp_path / f"data/{split}-00000-of-00001.parquet", [(b"J", None, 1)])
-    with pytest.raises(BadRequest, match=r"holds several splits \(train, validation\): name one by a pattern, for example 'validation-\*.parquet'"):
+    with pytest.raises(BadRequest, match=r"holds several splits \(train, validation\), which must not mix: name one by a pattern, for example '.*/data/validation-00000-of-00001.parquet'"):
         open_source(str(tmp_path))
     assert len(read(tmp_path / "data/validation-*.parquet")) == 1
 

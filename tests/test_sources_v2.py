@@ -101,17 +101,36 @@ def test_twenty_images_of_imagenet_itself_in_each_folder_are_fine(tmp_path):
         (["0", "1", "2", "10"], [0, 1, 2, 10], True),
         ([str(i) for i in range(12)], list(range(12)), False),
         (["00", "01", "02"], [0, 1, 2], False),
-        (["1", "01", "2"], [0, 1, 2], False),
-        (["1001", "2002"], [0, 1], False),
-        (["0", "1", "cat"], [0, 1, 2], False),
-        (["١", "٢"], [0, 1], False),
+        (["911", "audi", "fiat"], [0, 1, 2], False),
+        (["0", "2", "10/"], [0, 2], True),
     ],
 )
-def test_what_counts_as_a_number(tmp_path, folders, expected, advised):
-    """Gaps keep the number, and it is said; codes, doubled numbers and words are ranked."""
-    source, (name,) = open_source(str(shards.write_tree(tmp_path, {f"{f}/x.jpg": f.encode() for f in folders})))
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar"])
+def test_number_of_a_folder_is_its_label(tmp_path, folders, expected, advised, packed):
+    """Gaps keep the number, and it is said; a number among words is a word."""
+    tree = shards.write_tree(tmp_path / "tree", {f if f.endswith("/") else f"{f}/x.jpg": f.encode() for f in folders})
+    source, (name,) = open_source(str(pack(tree, tmp_path / "a.tar") if packed else tree))
     assert sorted(s.label for s in shards.samples(source, name)) == expected
     assert bool(source.advice([name])) == advised
+
+
+@pytest.mark.parametrize(
+    "folders, message",
+    [
+        ([str(i) for i in range(1, 1001)], "are numbered 1 to 1000, and labels count from 0: rename them to 0..999, or, if class 0 is merely missing, add an empty folder 0"),
+        (["1", "2", "10", "1000"], r"are numbers that cannot be labels \(1 to 1000, 4 of them\): rename them to 0..3, or pack"),
+        (["1", "01", "2"], "are numbers, and 0?1, 0?1 are the same one: rename"),
+        (["1001", "2002"], "are numbers that cannot be labels"),
+        (["١", "٢"], "are numbered 1 to 2"),
+        (["0", "1", "cat"], "the other class folders are named by numbers, and cat holds images too: move it elsewhere, or rename"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar"])
+def test_numbers_that_cannot_be_labels_are_never_sorted_as_text(tmp_path, folders, message, packed):
+    tree = shards.write_tree(tmp_path / "tree", {f"{f}/x.jpg": f.encode() for f in folders})
+    source, (name,) = open_source(str(pack(tree, tmp_path / "a.tar") if packed else tree))
+    with pytest.raises(BadRequest, match=f"(tree|a.tar).*{message}"):
+        source.census(name)
 
 
 def test_hostile_members_are_only_names(tmp_path):
@@ -121,7 +140,12 @@ def test_hostile_members_are_only_names(tmp_path):
     path = shards.write_tar(tmp_path / "a.tar", members)
     source, (name,) = open_source(str(path))
     got = shards.samples(source, name)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"] and [(s.sample_id, s.label, s.fault) for s in got] == [("0/a", 0, None), ("1/two\nlines", 1, None), ("0/a", -1, "two members of this name in a row")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"] and [(s.sample_id, s.label, s.fault) for s in got] == [
+        ("0/a", 0, None),
+        ("1/link", -1, "the archive holds a link in its place: pack the images themselves (tar --dereference --hard-dereference)"),
+        ("1/two\nlines", 1, None),
+        ("0/a", -1, "two members of this name in a row"),
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])

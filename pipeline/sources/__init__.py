@@ -2,7 +2,7 @@
 
 A reader is a small class that knows its root folder and does two things:
 
-    census(name)               -> Shard: how many samples it holds, and marks from which reading can begin; no image is decoded
+    census(name, each)         -> Shard: how many samples it holds, and marks from which reading can begin; no image is decoded
     read(shard, start, stop)   -> RawSample, one a sample, in order, from position `start` to `stop`
 
 Both run wherever the shard can be reached, so a reader is picklable and holds no open file. A sample that is incomplete
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from glob import glob, has_magic
 from itertools import groupby
 from typing import Protocol
 
 from pipeline.errors import BadRequest, printable
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+from pipeline.sources.files import DEVKIT, files_below, is_image
+from pipeline.sources.paths import ACCEPTED, paths_of
+from pipeline.sources.splits import pattern_of, refuse_mixed
 
 FILES = {
     "tar shards": (".tar", ".tar.gz", ".tgz"),
@@ -29,10 +29,6 @@ FILES = {
     "arrays": (".npz", ".npy"),
 }
 BATCH = re.compile(r"data_batch_\d+|test_batch|train|test")  # what CIFAR's python release calls its pickles
-ACCEPTED = (
-    "tar shards (.tar, .tar.gz), Parquet files, CIFAR's python batches, or .npy and .npz arrays (a file, a folder, or a pattern such as 'val-{00..63}.tar'); "
-    "a folder of class folders; ImageNet's flat validation folder with its devkit"
-)
 UNPACKED = re.compile(rf"(.*/)?({BATCH.pattern})|(\./)?((?!n\d{{8}}/)\D[^/]*/)?ILSVRC2012_val_\d{{8}}\.JPEG")  # in a tar: CIFAR's python release, ImageNet's flat images
 NO_DEVKIT = "--devkit: it tells the labels of ImageNet's flat validation folder (ILSVRC2012_val_00000001.JPEG, ...), and --source is not one; leave it out"
 
@@ -70,6 +66,9 @@ class RawSample:
     folder: str = field(default="", compare=False)
 
 
+Each = Callable[[str, str], None]  # of the ID of a sample, and where in its shard it lies, in words
+
+
 class Source(Protocol):
     """A reader. `kind` names it in messages and records, `root` is the absolute folder that shard names are relative to."""
 
@@ -77,8 +76,8 @@ class Source(Protocol):
     root: str
     together = 1  # samples that a single access gives at the price of one, where their neighbours are of other classes
 
-    def census(self, name: str) -> Shard:
-        """Count a shard's samples without decoding. Raises BadRequest naming the file if it cannot be read to its end."""
+    def census(self, name: str, each: Each | None = None) -> Shard:
+        """Count a shard's samples without decoding; `each` is shown every one. Raises BadRequest naming the file if it cannot be read to its end."""
 
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
         """Samples [start, stop) of a shard. Raises OSError or BadRequest if the shard is not what the census saw."""
@@ -114,12 +113,14 @@ def open_source(spec: str, devkit: str | None = None) -> tuple[Source, list[str]
 
     `spec` is a file, a pattern of files (`*`, `?`, `[...]`, `{00..63}`, `{a,b}`), or a folder. Raises BadRequest if nothing usable is there.
     """
-    paths, root = _paths(spec)
+    paths, root, said = paths_of(spec)
     if len(paths) == 1 and os.path.isdir(paths[0]):
-        root = paths[0]
-        paths = [p for p in _below(root) if kind_of_file(p) and "ILSVRC2012_devkit_t12" not in os.path.relpath(p, root)]
+        root, said = paths[0], ""
+        files = sorted(files_below(root, root))
+        paths = [p for p in files if DEVKIT not in os.path.basename(p) and kind_of_file(p)]
         if not paths:
             return _folder(root, devkit)
+        _refuse_beside_images(root, [os.path.relpath(p, root) for p in paths], [os.path.relpath(p, root) for p in files if is_image(p)])
     kinds = {kind_of_file(p): p for p in reversed(paths)}
     if None in kinds:
         raise BadRequest(f"--source: {printable(kinds[None])} is of no kind that is read here; what is: {ACCEPTED}")
@@ -128,16 +129,32 @@ def open_source(spec: str, devkit: str | None = None) -> tuple[Source, list[str]
         raise BadRequest(f"--source: {printable(spec)} holds both {other} and {one}: name one kind by a pattern, for example '*{os.path.splitext(kinds[one])[1]}'")
     if devkit:
         raise BadRequest(NO_DEVKIT)
-    return _files(*kinds, root, [os.path.relpath(p, root) for p in paths])
+    (kind,), names = kinds, [os.path.relpath(p, root) for p in paths]
+    if kind != "CIFAR batches":  # whose halves are known
+        refuse_mixed(root, names, said)
+    return _files(kind, root, names)
+
+
+def _refuse_beside_images(root: str, archives: list[str], images: list[str]) -> None:
+    """Raises BadRequest for a folder of images with a few archives in it: which of the two is the data set, nobody can tell. (A picture or two beside shards illustrate something.)"""
+    folders = {os.path.dirname(image) for image in images} - {""}
+    if len(images) > len(archives) and (len(folders) > 1 or any(UNPACKED.fullmatch(image) for image in images)):
+        raise BadRequest(
+            f"--source: {printable(root)} holds images ({printable(images[0])}, ...) and {kind_of_file(os.path.join(root, archives[0]))} ({printable(archives[0])}) beside them: "
+            f"name the one by '{printable(pattern_of(root, archives))}', or move {'it' if len(archives) == 1 else 'them'} elsewhere to read the other"
+        )
 
 
 def kind_of_file(path: str) -> str | None:
-    """What a file is, in the words of a message; None for what no reader takes."""
+    """What a file is, in the words of a message; None for what no reader takes, a pipe or device too."""
     name = os.path.basename(path)
-    if BATCH.fullmatch(name) and os.path.isfile(path):
+    kind = "CIFAR batches" if BATCH.fullmatch(name) else next((kind for kind, suffixes in FILES.items() if name.lower().endswith(suffixes)), None)
+    if kind is None or (os.path.exists(path) and not os.path.isfile(path)):
+        return None
+    if kind == "CIFAR batches":
         with open(path, "rb") as file:
-            return "CIFAR batches" if file.read(1) == b"\x80" else None
-    return next((kind for kind, suffixes in FILES.items() if name.endswith(suffixes)), None)
+            return kind if file.read(1) == b"\x80" else None
+    return kind
 
 
 def _files(kind: str, root: str, names: list[str]) -> tuple[Source, list[str]]:
@@ -150,7 +167,7 @@ def _files(kind: str, root: str, names: list[str]) -> tuple[Source, list[str]]:
     from pipeline.sources.webdataset import WebDataset
 
     if kind == "Parquet files":
-        return HuggingFaceParquet.find(root, names)
+        return HuggingFaceParquet(root), names
     if kind == "arrays":
         return Arrays.find(root, names)
     if kind == "CIFAR batches":
@@ -175,45 +192,6 @@ def _folder(root: str, devkit: str | None) -> tuple[Source, list[str]]:
     if devkit:
         raise BadRequest(NO_DEVKIT)
     return ClassFolders.find(root)
-
-
-def _paths(spec: str) -> tuple[list[str], str]:
-    """(absolute paths that `spec` names, each once; the folder above them all). Raises BadRequest if one is not there."""
-    paths, missing = [], []
-    for pattern in expand_braces(os.path.expanduser(spec)):
-        found = sorted(p for p in glob(pattern, recursive=True) if not os.path.isdir(p)) if has_magic(pattern) and not os.path.exists(pattern) else [pattern]
-        paths.extend(os.path.abspath(p) for p in found)
-        missing.extend([] if found and all(map(os.path.exists, found)) else [pattern])
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise BadRequest(f"--source: there is no {printable(missing[0])}{more}; give {ACCEPTED}")
-    fixed = re.split(r"[*?\[{]", os.path.abspath(os.path.expanduser(spec)), maxsplit=1)[0]
-    return list(dict.fromkeys(paths)), os.path.dirname(fixed)
-
-
-def _below(folder: str) -> list[str]:
-    """Visible files below a folder, sorted; hidden folders (a download's `.cache`) are left out."""
-    found = []
-    for at, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        found.extend(os.path.join(at, f) for f in files if not f.startswith("."))
-    return sorted(found)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`{a,b}` and `{00..63}` as a shell expands them, leading zeros kept; other text as it is."""
-    match = re.search(r"\{([^{}]*,[^{}]*|-?\d+\.\.-?\d+)\}", pattern)
-    if match is None:
-        return [pattern]
-    body = match.group(1)
-    if "," in body:
-        words = body.split(",")
-    else:
-        first, last = body.split("..")
-        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
-        step = 1 if int(first) <= int(last) else -1
-        words = [str(n).zfill(width) for n in range(int(first), int(last) + step, step)]
-    return [whole for word in words for whole in expand_braces(pattern[: match.start()] + word + pattern[match.end() :])]
 
 
 def reader(kind: str, root: str) -> Source:

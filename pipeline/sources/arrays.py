@@ -16,6 +16,7 @@ from typing import BinaryIO, ClassVar
 import numpy as np
 
 from pipeline.errors import BadRequest, printable
+from pipeline.sources.splits import refuse_versions
 from pipeline.sources.stretches import FAULTS, Rows, Stretches
 
 KEYS = (("images", "labels"), ("data", "labels"), ("x", "y"), ("x_test", "y_test"))  # of an .npz
@@ -56,7 +57,8 @@ class Header:
     def labels(self, file: BinaryIO, images: int) -> list[int]:
         """Raises ValueError if they are not as many whole numbers as images."""
         if not self.is_labels or self.shape[0] != images:
-            raise ValueError(f"its labels are {self.dtype} {self.shape}, not {images} whole numbers")
+            hint = ": save the argmax(1) of them" if len(self.shape) == 2 and self.shape[0] == images else ": save them as int64" if self.shape == (images,) else ""
+            raise ValueError(f"its labels are {self.dtype} {self.shape}, not {images} whole numbers{hint}")
         data = file.read(images * self.dtype.itemsize)
         if len(data) < images * self.dtype.itemsize:
             raise ValueError("its labels are cut off")
@@ -88,8 +90,9 @@ class Arrays(Stretches):
 
     @classmethod
     def find(cls, root: str, names: list[str]) -> tuple[Arrays, list[str]]:
-        """(reader, the files that hold images). Raises BadRequest if all hold labels."""
+        """(reader, the files that hold images). Raises BadRequest if all hold labels, or two are versions of one data set."""
         images = [name for name in names if not _holds_labels(os.path.join(root, name))]
+        refuse_versions(root, images)
         if not images:
             raise BadRequest(f"--source: {printable(names[0])} holds labels, and nothing in --source holds images: name the images' file; labels are found beside it")
         return cls(root), images
@@ -97,7 +100,7 @@ class Arrays(Stretches):
     @contextmanager
     def opened(self, path: str) -> Iterator[Rows]:
         with ExitStack() as files:
-            if path.endswith(".npz"):
+            if path.lower().endswith(".npz"):
                 archive = files.enter_context(zipfile.ZipFile(path))
                 members = {name.removesuffix(".npy") for name in archive.namelist()}
                 pair = next((keys for keys in KEYS if members.issuperset(keys)), None)
@@ -112,13 +115,22 @@ class Arrays(Stretches):
             header.check_images()
             if header.offset + np.prod(header.shape, dtype=object) > size:
                 raise ValueError(f"it is cut off: its header promises {header.shape[0]} images; fetch it again")
-            yield Rows(Unpacked(file) if path.endswith(".npz") else file, header.offset, header.shape[1:], Header.read(beside).labels(beside, header.shape[0]))
+            yield Rows(Unpacked(file) if path.lower().endswith(".npz") else file, header.offset, header.shape[1:], _labels(beside, header.shape[0]))
+
+
+def _labels(file: BinaryIO, images: int) -> list[int]:
+    """Raises ValueError saying that it is the labels that cannot be used."""
+    try:
+        header = Header.read(file)
+    except ValueError as fault:
+        raise ValueError(f"its labels cannot be used: {fault}") from None
+    return header.labels(file, images)
 
 
 def labels_beside(path: str) -> str:
     """The file with the labels of an `.npy` of images. Raises ValueError saying what it would be called."""
     folder, name = os.path.split(path)
-    stem = name.removesuffix(".npy")
+    stem = os.path.splitext(name)[0]
     candidates = [os.path.join(folder, word.join(stem.rsplit(old, 1)) + ".npy") for old, word in WORDS if old in stem] + [os.path.join(folder, f) for f in (f"{stem}_labels.npy", "labels.npy")]
     found = next((c for c in candidates if c != path and os.path.isfile(c) and _holds_labels(c)), None)
     if found is None:
@@ -127,10 +139,12 @@ def labels_beside(path: str) -> str:
 
 
 def _holds_labels(path: str) -> bool:
-    if not path.endswith(".npy"):
+    """Whether an `.npy` is one of labels: by what it holds, or, where these are none that can be used, by its name."""
+    if not path.lower().endswith(".npy"):
         return False
     try:
         with open(path, "rb") as file:
-            return Header.read(file).is_labels
+            header = Header.read(file)
+            return header.is_labels or ("labels" in os.path.basename(path) and len(header.shape) < 3)
     except FAULTS:
-        return False
+        return "labels" in os.path.basename(path)

@@ -33,7 +33,7 @@ class CifarBatches(Stretches):
         """(reader, the test batches, or all where there is none). Raises BadRequest if the batches lie in several folders."""
         places = sorted({os.path.dirname(name) for name in names})
         if len(places) > 1:
-            raise BadRequest(f"--source: {printable(root)} holds CIFAR batches in several folders ({printable(', '.join(places[:3]))}): name one")
+            raise BadRequest(f"--source: {printable(root)} holds CIFAR batches in several folders ({printable(', '.join(place or '.' for place in places[:3]))}): name one")
         names = [os.path.basename(name) for name in names]
         return cls(os.path.normpath(os.path.join(root, places[0]))), [name for name in names if name.startswith("test")] or names
 

@@ -1,6 +1,4 @@
-"""Class folders, `val/<class>/<image>`: the label is the rank of the class folder among the sorted ones, or its number.
-
-Folders named `0` to `n-1` are labels as they stand, as in ImageNet-v2, whose order as strings (0, 1, 10, 100, ...) would ruin every label.
+"""Class folders, `val/<class>/<image>`; which folders are classes, and their labels, is said in classes.py.
 
 The whole tree is one shard, so that a unit of work spans small folders. An ID is the path below the root to the first
 dot of the file name, which is the key that the same image has in a tar of the tree; ImageNet's own file names
@@ -9,20 +7,17 @@ dot of the file name, which is the key that the same image has in a tar of the t
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from pipeline.errors import BadRequest, printable
-from pipeline.sources import ACCEPTED, IMAGE_SUFFIXES, RawSample, Shard, Source
-from pipeline.sources.tars import key_of
+from pipeline.sources import ACCEPTED, Each, RawSample, Shard, Source
+from pipeline.sources.classes import Folder, labels_of, remarks, sample_id_of, stands_for_its_folders, told_apart
+from pipeline.sources.files import digest, files_below, folders_in, holds_image, images_in, is_image, is_litter, load, look
 
-IMAGENET_NAME = re.compile(r"(ILSVRC2012_(?:val|test|train)_\d{8}|n\d{8}_\d+)(?:_n\d{8})?$")
-WNID = re.compile(r"n\d{8}$")
+EVERY = 64  # images between two marks: so many are looked at to read one
 
 
 @dataclass(frozen=True)
@@ -37,97 +32,76 @@ class ClassFolders(Source):
         """(reader, its one shard). A folder that holds nothing but one folder of class folders stands for that one (a release
         unpacked into a folder of its own). Raises BadRequest if no folder below `folder` holds an image."""
         source = cls(folder)
-        while len(inner := source.classes()) == 1 and not _files(below := os.path.join(source.root, inner[0])) and len(cls(below).classes()) > 1:
-            source = cls(below)
-        if not any(source.images(name) for name in source.classes()):
-            raise BadRequest(f"--source: {printable(folder)} holds nothing that is read here; what is: {ACCEPTED}")
-        return source, ["."]
+        while inner := source._only_folder():
+            source = cls(inner)
+        if source.classes():
+            return source, ["."]
+        if images := images_in(folder):
+            raise BadRequest(
+                f"--source: {printable(folder)} holds images ({printable(images[0])}), but no class folders that tell their labels: "
+                "put the images of each class into a folder of its own, or pack them as tar shards with .cls"
+            )
+        raise BadRequest(f"--source: {printable(folder)} holds nothing that is read here; what is: {ACCEPTED}")
 
     def classes(self) -> list[str]:
         """Class folders in label order."""
-        return in_label_order(entry.name for entry in os.scandir(self.root) if entry.is_dir() and not entry.name.startswith("."))
+        return told_apart(*self._full_and_empty())[0]
 
     def images(self, folder: str) -> list[str]:
         """Image paths of one class, below the root, with `/`, sorted."""
-        found = []
-        for at, _, files in os.walk(os.path.join(self.root, folder)):
-            found.extend(os.path.relpath(os.path.join(at, f), self.root) for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith("."))
-        return sorted(Path(p).as_posix() for p in found)
+        start = len(os.path.join(self.root, ""))
+        return [] if is_litter(folder) else sorted(path[start:] for path in files_below(os.path.join(self.root, folder), self.root) if is_image(path))
 
-    def census(self, name: str) -> Shard:
-        """Counts files. A handle is [label, class folder, digest of its file names]; the version is a digest of all names."""
-        marks, samples = [], 0
-        classes = {folder: self.images(folder) for folder in self.classes()}
-        refuse_old_v2(self.root, classes)
-        labels = labels_of(list(classes))
-        for folder, images in classes.items():
-            marks.append((samples, [labels[folder], folder, _digest(images)]))
-            samples += len(images)
-        return Shard(name, samples, _digest(part for _, (_, *parts) in marks for part in parts), tuple(marks))
+    def _full_and_empty(self) -> tuple[list[str], list[str]]:
+        """(folders that hold images, folders that hold none)."""
+        folders = folders_in(self.root)
+        full = [folder for folder in folders if not is_litter(folder) and holds_image(os.path.join(self.root, folder), self.root)]
+        return full, [folder for folder in folders if folder not in set(full)]
+
+    def _only_folder(self) -> str | None:
+        """The one folder that holds all images, if it holds class folders itself."""
+        full, _ = self._full_and_empty() if not images_in(self.root) else ([], [])
+        below = os.path.join(self.root, *full)
+        return below if len(full) == 1 and not images_in(below) and stands_for_its_folders(full[0], ClassFolders(below)._full_and_empty()[0]) else None
+
+    def census(self, name: str, each: Each | None = None) -> Shard:
+        """Counts files, and asks the size of each. A handle is [label, class folder, place of its images in the folder, their number, digest
+        of all names in the folder, digest of their sizes]; the version is a digest of all of it."""
+        images = {folder: self.images(folder) for folder in folders_in(self.root)}
+        folders = {}
+        for folder, paths in images.items():
+            folders[folder] = Folder()
+            for path in paths:
+                folders[folder].add(path[len(folder) + 1 :])
+        marks, samples, labels = [], 0, labels_of(self.root, folders, f"give {self.root}/")
+        for folder, label in labels.items():
+            names = digest(images[folder])
+            for first in range(0, len(images[folder]), EVERY):
+                part = images[folder][first : first + EVERY]
+                marks.append((samples + first, [label, folder, first, len(part), names, digest(size for size, _ in self._look(part))]))
+            samples += len(images[folder])
+            for path in images[folder] if each else ():
+                each(sample_id_of(path), path)
+        return Shard(name, samples, digest([list(labels), marks]), tuple(marks))
 
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
-        position = marks[0][0]
-        for _, (label, folder, digest) in marks:
-            images = self.images(folder)
-            if _digest(images) != digest:
+        listed, images = None, []
+        for position, (label, folder, first, count, names, sizes) in marks:
+            if folder != listed:
+                listed, images = folder, self.images(folder) if os.path.isdir(os.path.join(self.root, folder)) else []
+            part = images[first : first + count]
+            found = self._look(part) if digest(images) == names else []
+            if digest(size for size, _ in found) != sizes:
                 raise BadRequest(f"{printable(os.path.join(self.root, folder))} holds other files than when the run began: put them back, or begin another run")
-            for path in images:
-                if start <= position < stop:
-                    yield RawSample(sample_id_of(path), Path(self.root, path).read_bytes(), label, folder=folder)
-                position += 1
-
+            for at in range(max(start - position, 0), min(stop - position, count)):
+                fault = found[at][1]
+                content, fault = (b"", fault) if fault else load(os.path.join(self.root, part[at]))
+                yield RawSample(sample_id_of(part[at]), content, -1 if fault else label, fault, folder=folder)
 
     def advice(self, names: list[str]) -> list[str]:
-        return remark(self.classes())
+        stray = images_in(self.root)
+        return remarks(*self._full_and_empty()) + ([f"images that lie in no class folder are left out: {printable(stray[0])} ({len(stray)} in all)"] if stray else [])
 
-
-def _numbered(folders: list[str]) -> bool:
-    """Whether these names are labels: whole numbers, each another one, and 0 to n-1 or at least ImageNet's."""
-    if not folders or not all(f.isascii() and f.isdigit() for f in folders):
-        return False
-    numbers = set(map(int, folders))
-    return len(numbers) == len(folders) and max(numbers) < max(len(folders), 1000)
-
-
-def in_label_order(folders: Iterable[str]) -> list[str]:
-    """Class folders sorted by label: numbers by their size, anything else as strings."""
-    folders = list(folders)
-    return sorted(folders, key=int) if _numbered(folders) else sorted(folders)
-
-
-def labels_of(ordered: list[str]) -> dict[str, int]:
-    """Label of every class folder: its number where all are numbers, its rank otherwise."""
-    return {folder: int(folder) if _numbered(ordered) else rank for rank, folder in enumerate(ordered)}
-
-
-def remark(ordered: list[str]) -> list[str]:
-    """What a user should know of numbered folders with gaps."""
-    if _numbered(ordered) and len(ordered) > 1 and int(ordered[-1]) >= len(ordered):
-        return [f"the class folders are numbers with gaps ({printable(ordered[0])} to {printable(ordered[-1])}, {len(ordered)} of them): the number of a folder is taken as its label, counted from 0"]
-    return []
-
-
-def refuse_old_v2(where: str, classes: dict[str, list[str]]) -> None:
-    """Raises BadRequest for the older release of ImageNet-v2: 20 images in each wnid-named folder, under names that are not ImageNet's."""
-    if classes and all(WNID.match(folder) and len(images) == 20 for folder, images in classes.items()):
-        if not any(IMAGENET_NAME.match(os.path.basename(image).partition(".")[0]) for images in classes.values() for image in images):
-            raise BadRequest(
-                f"--source: {printable(where)} looks like the older release of ImageNet-v2 (20 images in each folder named by a WordNet ID), whose labels are not to be relied on: "
-                "fetch imagenetv2-matched-frequency.tar.gz, which has folders 0..999, or, if these are other images, pack them as tar shards with .cls"
-            )
-
-
-def _files(folder: str) -> list[str]:
-    """Visible files of a folder."""
-    return [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
-
-
-def _digest(names: Iterable[str]) -> str:
-    return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def sample_id_of(path: str) -> str:
-    """`cat/001.jpg` -> `cat/001`; `n01440764/ILSVRC2012_val_00000293.JPEG` -> `ILSVRC2012_val_00000293`."""
-    key = key_of(path)[0]
-    known = IMAGENET_NAME.match(os.path.basename(key))
-    return known.group(1) if known else key
+    def _look(self, paths: list[str]) -> list[tuple[int, str | None]]:
+        """Size of each, and why it cannot be used."""
+        return [look(os.path.join(self.root, path)) for path in paths]

@@ -7,25 +7,24 @@ tree (num_children 0) are the classes, and the label is the rank among their sor
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from pipeline.errors import BadRequest, printable
-from pipeline.sources import IMAGE_SUFFIXES, RawSample, Shard, Source
-from pipeline.sources.class_folders import sample_id_of
+from pipeline.sources import Each, RawSample, Shard, Source
+from pipeline.sources.classes import is_class, sample_id_of
+from pipeline.sources.files import DEVKIT, digest, folders_in, holds_image, images_in, is_litter, load, look
 
 NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:_n\d{8})?\.")
-CLASS = re.compile(r"n\d{8}|\d+")  # a folder of one class
-DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+IMAGES = 50_000  # of the validation set
 EVERY = 256  # images between two marks
 MOST = 64 << 20  # bytes of a devkit's file
 
@@ -42,49 +41,69 @@ class FlatImageNet(Source):
     @classmethod
     def find(cls, folder: str, devkit: str | None) -> tuple[FlatImageNet, list[str]] | None:
         """(reader, its one shard), or None if this is no flat folder of ImageNet. A folder above it will do, with the devkit beside it:
-        as class folders, all images would be of one class."""
+        as class folders, all images would be of one class. Raises BadRequest for a folder that is half sorted into class folders."""
         if not _is_flat(folder):
-            inner = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".") and DEVKIT not in e.name]
-            if len(inner) != 1 or CLASS.fullmatch(inner[0]) or not _is_flat(os.path.join(folder, inner[0])):
+            inner = [name for name in folders_in(folder) if not is_litter(name)]
+            if len(inner) != 1 or is_class(inner[0]) or not _is_flat(os.path.join(folder, inner[0])):
                 return None
             folder = os.path.join(folder, inner[0])
+        classes = [name for name in folders_in(folder) if is_class(name) and holds_image(os.path.join(folder, name), folder)]
+        if classes:
+            flat = [name for name in images_in(folder) if NAME.match(name)]
+            raise BadRequest(
+                f"--source: {printable(folder)} holds images of ImageNet's flat folder ({printable(flat[0])}, {len(flat)} in all) beside class folders with images "
+                f"({printable(classes[0])}, {len(classes)} in all): move the ones or the others elsewhere, or finish sorting them"
+            )
         return cls(folder, devkit), ["."]
 
     def images(self) -> list[str]:
         """File names, sorted."""
-        return sorted(e.name for e in os.scandir(self.root) if e.name.lower().endswith(IMAGE_SUFFIXES) and not e.name.startswith(".") and e.is_file())
+        return images_in(self.root)
 
-    def census(self, name: str) -> Shard:
-        """Images of the folder. A handle is [digest of the names up to the next mark, their labels]; the version is a digest of all of it."""
-        labels = self._labels()
+    def census(self, name: str, each: Each | None = None) -> Shard:
+        """Images of the folder, each of which is asked for its size. A handle is [digest of names and sizes up to the next mark, labels of
+        these images]; the version is a digest of all of it."""
         images = self.images()
+        numbers = [int(match[1]) if (match := NAME.match(image)) else 0 for image in images]
+        labels = self._labels(max((n for n in numbers if n <= IMAGES), default=0))
         marks = []
         for position in range(0, len(images), EVERY):
             part = images[position : position + EVERY]
-            numbers = [int(match[1]) if (match := NAME.match(image)) else 0 for image in part]
-            marks.append((position, [_digest(part), [labels[n - 1] if 0 < n <= len(labels) else -1 for n in numbers]]))
-        return Shard(name, len(images), _digest(map(repr, marks)), tuple(marks))
+            known = [labels[n - 1] if 0 < n <= len(labels) else -1 for n in numbers[position : position + EVERY]]
+            marks.append((position, [_digest(part, self._look(part)), known]))
+        for image in images if each else ():
+            each(sample_id_of(image), image)
+        return Shard(name, len(images), digest(marks), tuple(marks))
 
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
         images = self.images()
-        for position, (digest, labels) in marks:
+        for position, (known, labels) in marks:
             part = images[position : position + len(labels)]
-            if _digest(part) != digest:
+            found = self._look(part)
+            if _digest(part, found) != known:
                 raise BadRequest(f"{printable(self.root)} holds other files than when the run began: put them back, or begin another run")
             for at in range(max(start - position, 0), min(stop - position, len(part))):
-                fault = None if labels[at] >= 0 else f"the devkit has no label for this name; it knows {NAME.pattern.partition('(')[0]}00000001 and so on"
-                yield RawSample(sample_id_of(part[at]), b"" if fault else Path(self.root, part[at]).read_bytes(), labels[at], fault)
+                fault = found[at][1] if labels[at] >= 0 else f"the devkit has no label for this name; it knows {NAME.pattern.partition('(')[0]}00000001 and so on"
+                content, fault = (b"", fault) if fault else load(os.path.join(self.root, part[at]))
+                yield RawSample(sample_id_of(part[at]), content, -1 if fault else labels[at], fault)
 
-    def _labels(self) -> list[int]:
-        """Label of image 1, 2, ...; the rank of its sorted WordNet ID."""
+    def _look(self, names: list[str]) -> list[tuple[int, str | None]]:
+        """Size of each, and why it cannot be used."""
+        return [look(os.path.join(self.root, name)) for name in names]
+
+    def _labels(self, needed: int) -> list[int]:
+        """Label of image 1, 2, ..., and of `needed` at least; the rank of its sorted WordNet ID."""
         where, truth, meta = _devkit_files(self.root, self.devkit)
         wnids = _leaves(where, meta)
         rank = {wnid: label for label, wnid in enumerate(sorted(wnids.values()))}
         try:
             ids = [int(line) for line in truth.decode("ascii").split()]
-            return [rank[wnids[i]] for i in ids]
+            labels = [rank[wnids[i]] for i in ids]
         except (ValueError, KeyError) as fault:
             raise BadRequest(f"{printable(where)}: {TRUTH} and {META} do not belong together ({printable(fault)} is no ILSVRC2012_ID of a leaf): fetch {DEVKIT}.tar.gz again") from None
+        if len(labels) < needed:
+            raise BadRequest(f"{printable(where)}: {TRUTH} has {len(labels):,} lines, and the images go up to number {needed:,} (the whole one has {IMAGES:,}): fetch {DEVKIT}.tar.gz again")
+        return labels
 
 
 def devkit_at(root: str, given: str | None) -> dict[int, str] | None:
@@ -127,6 +146,8 @@ def _devkit_files(root: str, given: str | None) -> tuple[str, bytes, bytes]:
         )  # fmt: skip
     try:
         found = _from_folder(path) if os.path.isdir(path) else _from_tar(path)
+    except tarfile.ReadError:  # whose text tells of every packing that was tried
+        raise BadRequest(f"{printable(path)} is no tar archive, or damaged: fetch {DEVKIT}.tar.gz again, and name that") from None
     except (OSError, tarfile.TarError, EOFError, zlib.error) as fault:
         raise BadRequest(f"{printable(path)} cannot be read ({printable(fault)}): fetch {DEVKIT}.tar.gz again") from None
     lacking = [name for name in (TRUTH, META) if name not in found]
@@ -158,8 +179,8 @@ def _from_tar(path: str) -> dict[str, bytes]:
 
 
 def _is_flat(folder: str) -> bool:
-    return any(NAME.match(entry.name) for entry in os.scandir(folder) if entry.is_file())
+    return any(map(NAME.match, images_in(folder)))
 
 
-def _digest(names: Iterable[str]) -> str:
-    return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def _digest(names: list[str], found: list[tuple[int, str | None]]) -> str:
+    return digest([*names, *(size for size, _ in found)])

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import BadRequest, printable
-from pipeline.sources import RawSample, Shard, Source
+from pipeline.sources import Each, RawSample, Shard, Source
 
 ROWS, BYTES = 128, 4 << 20  # of a stretch, at most (one row may be larger)
 FAULTS = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile)  # what damaged files make their readers raise
@@ -83,13 +83,15 @@ class Stretches(Source, ABC):
         """What an ID begins with."""
         return os.path.splitext(name)[0]
 
-    def census(self, name: str) -> Shard:
+    def census(self, name: str, each: Each | None = None) -> Shard:
         """Reads the file once. A handle is the digest of the stretch's pixels and labels; the version is a digest of them all."""
         marks = []
         try:
             with self.opened(self._path(name)) as rows:
                 for start in range(0, len(rows.labels), rows.stretch):
                     marks.append((start, rows.digest(start, rows.pixels(start, min(start + rows.stretch, len(rows.labels))))))
+                for at in range(len(rows.labels) if each else 0):
+                    each(self._id(name, at), f"image {at}")
                 return Shard(name, len(rows.labels), hashlib.sha256(repr(marks).encode()).hexdigest()[:16], tuple(marks))
         except FAULTS as fault:
             raise BadRequest(f"{printable(self._path(name))} cannot be read: {printable(fault)[:300]}") from None
@@ -102,9 +104,12 @@ class Stretches(Source, ABC):
                     if rows.digest(first, pixels) != digest:
                         raise EOFError("it holds other images or labels")
                     for at in range(max(start, first), min(stop, first + len(pixels))):
-                        yield RawSample(f"{self.stem(name)}/{at:06d}", png(pixels[at - first]), rows.labels[at])
+                        yield RawSample(self._id(name, at), png(pixels[at - first]), rows.labels[at])
         except FAULTS as fault:
             raise BadRequest(f"{printable(self._path(name))} is not what it was when the run began ({printable(fault)[:300]}): put the old file back, or begin another run") from None
+
+    def _id(self, name: str, at: int) -> str:
+        return f"{self.stem(name)}/{at:06d}"
 
     def _path(self, name: str) -> str:
         return os.path.join(self.root, name)

@@ -20,16 +20,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pipeline.errors import BadRequest, printable
+from pipeline.sources.files import MOST_BYTES  # a few kilobytes of gzip can stand for any number of them
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MARK_EVERY = 128  # samples between two places from which reading can begin
-MOST_BYTES = 256 << 20  # of one image: a few kilobytes of gzip can stand for any number of them
 PARKED = 4  # streams that a process keeps open
 FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error)
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+Key = Callable[[tarfile.TarInfo], str]
 
 
 def is_gzip(name: str) -> bool:
-    return not name.endswith(".tar")
+    return not name.lower().endswith(".tar")
 
 
 def key_of(path: str) -> tuple[str, str]:
@@ -71,7 +72,7 @@ class Forward:
 
 @dataclass
 class Group:
-    """Consecutive regular members of one key, and what those of them hold that were asked for, by their offset."""
+    """Consecutive members of one key, and what those of them hold that were asked for, by their offset."""
 
     key: str
     members: list[tarfile.TarInfo] = field(default_factory=list)
@@ -84,11 +85,11 @@ class Group:
 class Walk:
     """Iterates the groups of a tar; `position` is the number of the next one. Contents are held from group `hold_from` on.
 
-    `key(member name)` -> the group that a member belongs to, or "" for one that is no part of any; folders, links and devices never are.
-    `holds(member name)`: whether a member's content is wanted. At most one group is in memory, and the first member of the next.
+    `key(member)` -> the group that a member belongs to, or "" for one that is no part of any, as folders and devices are.
+    `holds(member name)`: whether the content of a regular member is wanted. At most one group is in memory, and the first member of the next.
     """
 
-    def __init__(self, path: str, key: Callable[[str], str], holds: Callable[[str], bool], offset: int = 0, position: int = 0):
+    def __init__(self, path: str, key: Key, holds: Callable[[str], bool], offset: int = 0, position: int = 0):
         self.file = Forward(path, offset)
         self.position, self.hold_from = position, float("inf")
         self.key, self.holds = key, holds
@@ -111,7 +112,7 @@ class Walk:
         group, number = Group(""), self.position - 1
         for member in self.tar:
             self.tar.members.clear()  # tarfile keeps every header it has seen
-            key = self.key(member.name) if member.isfile() else ""
+            key = self.key(member)
             if not key:
                 continue
             if key != group.key:
@@ -119,19 +120,20 @@ class Walk:
                     yield group
                 group, number = Group(key), number + 1
             group.members.append(member)
-            if number >= self.hold_from and member.size <= MOST_BYTES and self.holds(member.name):
+            if number >= self.hold_from and member.isfile() and member.size <= MOST_BYTES and self.holds(member.name):
                 group.contents[member.offset] = self.tar.extractfile(member).read()
         if group.key:
             yield group
 
     def check_end(self) -> None:
         """Raises ReadError unless the archive ended with tar's own end mark, a block of zeros (tarfile stops as quietly where a transfer was
-        cut off, or at a damaged header), and gzip's checksum holds to the end of the file."""
+        cut off, or at a damaged header), with nothing but zeros behind it, and gzip's checksum holds to the end of the file."""
         block = self.file.last
         if block != tarfile.NUL * tarfile.BLOCKSIZE:
             raise tarfile.ReadError(f"{'a damaged header' if block else 'no end mark'} at byte {self.tar.offset}")
-        while not self.file.seekable and self.file.read(1 << 20):
-            pass
+        while rest := self.file.read(1 << 20):
+            if rest.count(0) < len(rest):
+                raise tarfile.ReadError(f"more follows its end mark at byte {self.tar.offset}: several archives in one file are to be separate ones")
 
     def close(self) -> None:
         self.file.file.close()
@@ -145,13 +147,14 @@ def fingerprint(path: str) -> str:
         return f"{size}-{file.read().hex()}"
 
 
-def count(path: str, key: Callable[[str], str], each: Callable[[int, Group], None]) -> tuple[int, str]:
+def count(path: str, key: Key, each: Callable[[int, Group], None]) -> tuple[int, str]:
     """(groups, digest of all members' names, sizes and times) of a tar, read to its end from its headers alone; `each` is shown every group.
 
     Raises BadRequest naming the file if it cannot be read to its end.
     """
     digest, walk = hashlib.sha256(), None
     try:
+        _refuse_misnamed(path)
         if is_gzip(path):
             digest.update(fingerprint(path).encode())
         walk = Walk(path, key, lambda name: False)
@@ -167,7 +170,18 @@ def count(path: str, key: Callable[[str], str], each: Callable[[int, Group], Non
             walk.close()
 
 
-def groups(path: str, key: Callable[[str], str], holds: Callable[[str], bool], mark: tuple[int, object], start: int, stop: int) -> Iterator[Group]:
+def _refuse_misnamed(path: str) -> None:
+    """Raises BadRequest for an archive that is packed otherwise than its name says: no other would find it."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    packing = next((name for magic, name in MAGIC.items() if start.startswith(magic)), "plain" if start[257:262] == b"ustar" else None)
+    if packing in ("bzip2", "xz", "zstd"):
+        raise BadRequest(f"{printable(path)} is packed by {packing}, which is not read here: unpack it, or pack it by gzip")
+    if packing and (packing == "gzip") != is_gzip(path):
+        raise BadRequest(f"{printable(path)} is {'packed by gzip' if packing == 'gzip' else 'a plain tar'}, whatever its name says: rename it to {'.tar.gz' if packing == 'gzip' else '.tar'}")
+
+
+def groups(path: str, key: Key, holds: Callable[[str], bool], mark: tuple[int, object], start: int, stop: int) -> Iterator[Group]:
     """Groups [start, stop) with their contents. `mark`: the position and byte offset of a header, or of a .tar.gz its fingerprint.
 
     Raises BadRequest if there are fewer of them, or if a .tar.gz is not the file of the census.
@@ -222,7 +236,7 @@ def first_files(path: str, most: int = 32) -> list[str]:
     """Names of the first regular, visible files of a tar; fewer where it cannot be read on (the census will say so)."""
     found: list[str] = []
     with suppress(*FAULTS):
-        walk = Walk(path, lambda name: name if key_of(name)[0] else "", lambda name: False)
+        walk = Walk(path, lambda member: member.name if member.isfile() and key_of(member.name)[0] else "", lambda name: False)
         try:
             found.extend(group.key for _, group in zip(range(most), walk))
         finally:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeline.errors import printable
-from pipeline.sources import RawSample, Shard, Source
+from pipeline.sources import Each, RawSample, Shard, Source
 from pipeline.sources.tars import MARK_EVERY, MOST_BYTES, Group, count, fingerprint, groups, is_gzip, key_of
 
 IMAGES = ("jpg", "jpeg", "png")
@@ -32,16 +33,18 @@ class WebDataset(Source):
     def path(self, name: str) -> str:
         return os.path.join(self.root, name)
 
-    def census(self, name: str) -> Shard:
+    def census(self, name: str, each: Each | None = None) -> Shard:
         """Samples of one shard from its headers alone. A handle is the byte offset of a sample's first header (of a .tar.gz, which can be
         read from its beginning alone, its fingerprint); the version is a digest of all members' names, sizes and times."""
         marks = []
 
-        def each(position: int, group: Group) -> None:
+        def note(position: int, group: Group) -> None:
+            if each:
+                each(group.key, group.members[0].name)
             if position % MARK_EVERY == 0 and not is_gzip(name):
                 marks.append((position, group.members[0].offset))
 
-        samples, version = count(self.path(name), _key, each)
+        samples, version = count(self.path(name), _key, note)
         if is_gzip(name):
             marks = [(0, fingerprint(self.path(name)))]
         return Shard(name, samples, version, tuple(marks))
@@ -61,9 +64,9 @@ def slow(names: list[str]) -> list[str]:
     return [f"{what} gzip, which cannot be entered in the middle: counting unpacks all of it, and every worker reads it from its beginning; gunzip it first to be faster"] if packed else []
 
 
-def _key(member: str) -> str:
-    """Hidden files have no key: they are no part of a sample."""
-    return key_of(member)[0]
+def _key(member: tarfile.TarInfo) -> str:
+    """Hidden files have no key, and neither have folders, links and devices: they are no part of a sample."""
+    return key_of(member.name)[0] if member.isfile() else ""
 
 
 def _is_part(member: str) -> bool:
@@ -93,10 +96,9 @@ def _label(tar: Group, parts: dict[str, tarfile.TarInfo]) -> int:
     """Raises ValueError with the reason if there is no usable label."""
     if "cls" in parts:
         text = tar.extractfile(parts["cls"]).read(64).decode("utf-8", "replace").strip()
-        try:
-            return int(text)
-        except ValueError:
-            raise ValueError(f"its .cls holds '{printable(text)}', not a whole number") from None
+        if not re.fullmatch("[+-]?[0-9]+", text):  # int() would take 1_0 for 10
+            raise ValueError(f"its .cls holds '{printable(text)}', not a whole number")
+        return int(text)
     if "json" in parts:
         try:
             label = json.loads(tar.extractfile(parts["json"]).read())["label"]
