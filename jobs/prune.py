@@ -106,7 +106,7 @@ class Prune:
         return summary | {"result": result, "found": found(summary, at)}
 
     def draw(self, store: Store, summary: dict, folder: Path) -> None:
-        asked = f"{summary['samples']:,} misclassified samples of {summary['dataset']}"
+        asked = f"{summary['samples']:,} misclassified samples of data set {summary['dataset']}"
         for figure, column, up in (("wrong_confidence", "wrong_confidence_change", "change of the wrong class's confidence"), ("true_confidence", "true_confidence_change", "change of the true class's confidence"), ("corrected", "corrected", "share corrected")):
             bands = {name: tuple(summary["curves"][strategy][column][key] for key in ("mean", "low", "high")) for strategy, name in STRATEGIES.items()}
             note = f"bands: 95% intervals over samples; {summary['dead_filters']:,} dead filters are chosen by 'random' alone"
