@@ -28,6 +28,7 @@ STYLES = (
 )
 WIDTH, HEIGHT = 7.2, 3.9  # inches
 NAMED = 9  # layers whose names stand at the axis
+SHOWN = 10_000  # how many times the least that a logarithmic axis shows the most is
 
 Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # mean, low, high at every place
 
@@ -70,7 +71,8 @@ def by_layer(path: Path, bands: dict[str, Band], layers: list[str], words: Words
 
 
 def within_layers(path: Path, lines: dict[str, list[Sequence[float]]], layers: list[str], words: Words, log: bool = False) -> None:
-    """One number a filter: layers of equal width from shallow to deep, the filters of each side by side in the order given. log: of the axis up, where all are positive."""
+    """One number a filter: layers of equal width from shallow to deep, the filters of each side by side in the order given. log: of the axis up, where all are positive;
+    what is less than 1 / `SHOWN` of the largest lies below it."""
 
     def draw(axes: Axes, page: Page) -> None:
         x = np.concatenate([at + (np.arange(len(filters)) + 0.5) / len(filters) for at, filters in enumerate(next(iter(lines.values())))])
@@ -80,6 +82,9 @@ def within_layers(path: Path, lines: dict[str, list[Sequence[float]]], layers: l
             axes.plot(np.insert(x, gaps, np.nan), np.insert(np.where(y > 0, y, np.nan) if log else y, gaps, np.nan), color=colour, linestyle=dashes, linewidth=1.1, label=page.safe(name))
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            most = max(max(filters) for by_filter in lines.values() for filters in by_filter)
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], most / SHOWN))
         else:
             axes.axhline(0, color=FAINT, linewidth=0.6)
         for at in range(0, len(layers) + 1, max(1, len(layers) // 60 + 1)):
