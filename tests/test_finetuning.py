@@ -21,7 +21,7 @@ from pipeline.interventions.transfer import Case, transfers
 
 EVERY = [a for a in zoo.ZOO + menagerie.MORE if a.id != "batch-statistics"]
 ANIMALS = [pytest.param(animal, id=animal.id) for animal in EVERY]
-IN_PLACE = {"standardised-weight", "transposed-weight", "parametrised", "transposed-convolution", "no-kernel", "patches"}  # not linear in a weight, or no map a filter
+IN_PLACE = {"standardised-weight", "transposed-weight", "parametrised", "transposed-convolution", "no-kernel", "patches"}  # the weight is no kernel, or its filters have no map
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,7 +91,7 @@ def test_step_has_length_one():
 @pytest.mark.parametrize("animal", ANIMALS)
 def test_only_what_is_no_plain_kernel_is_written_in_place(animal):
     _, layout, tuner = made(animal)
-    assert (len(tuner.linear) < len(layout.layers)) == (animal.id in IN_PLACE)
+    assert (len(tuner.kernels) < len(layout.layers)) == (animal.id in IN_PLACE)
 
 
 def test_refused_where_images_depend_on_their_batch():
@@ -250,4 +250,4 @@ def test_real_network(data):
             groups.append(Group(gradient.whole(columns) if isinstance(columns, str) else gradient.step(columns), 0.5, torch.arange(6)))
     for got, (sample, columns) in zip(tuner.logits(images, groups), asked):
         np.testing.assert_allclose(got, naive(network, images, labels, sample, columns, 0.5, "global", range(6)), rtol=1e-2, atol=1e-2)
-    assert len(tuner.linear) == len(layout.layers)
+    assert len(tuner.kernels) == len(layout.layers)
