@@ -1,8 +1,8 @@
 """How fast interventions are beside the naive way, as ratios in one run: `python tests/bench_interventions.py [--rounds N] [--threads T]` prints JSON.
 
 resnet56 at 32 x 32, with the real weights and photographs under FAULTLINE_DATA, otherwise with random ones. The naive way copies the network
-for every setting, edits the copy and asks it one image at a time, in float32 as the fast way does. Both take turns, so that whatever else the machine
-does meets both; `wall` is of the clock, `cpu` of this process's own time on all cores.
+for every setting, edits the copy and asks it one image at a time, in float32 as the fast way does, and in float64 as the tests' oracles do. The ways take
+turns, so that whatever else the machine does meets them all; `wall` is of the clock, `cpu` of this process's own time on all cores.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def subject(count: int = 192):
 
 
 def naive_pruning(network, layout, image, columns) -> np.ndarray:
-    edited = copy.deepcopy(network)
+    edited, image = copy.deepcopy(network), image.to(next(network.parameters()).dtype)
     modules = dict(edited.named_modules())
     with torch.no_grad():
         for column in columns.tolist():
@@ -64,7 +64,7 @@ def naive_pruning(network, layout, image, columns) -> np.ndarray:
 
 
 def naive_step(network, layout, images, sample, label, columns, rate) -> np.ndarray:
-    edited = copy.deepcopy(network).requires_grad_(True)
+    edited, images = copy.deepcopy(network).requires_grad_(True), images.to(next(network.parameters()).dtype)
     F.cross_entropy(edited(images[sample : sample + 1]), torch.tensor([label])).backward()
     with torch.no_grad():
         parameters = dict(edited.named_parameters())
@@ -82,26 +82,28 @@ def timed(work) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def compared(fast, pieces: int, naive, naive_pieces: int, rounds: int) -> dict:
-    """Pieces a minute of both ways, and how many times faster one is, medians over rounds in which they take turns."""
-    fast(), naive()
-    seen = [(timed(naive), timed(fast)) for _ in range(rounds)]
-    rate = lambda clock, way, count: statistics.median(60 * count / s[way][clock] for s in seen)  # noqa: E731
-    ratio = lambda clock: statistics.median(s[0][clock] / naive_pieces / (s[1][clock] / pieces) for s in seen)  # noqa: E731
-    best = max(60 * pieces / s[1][0] for s in seen)
-    return {"per_minute": round(rate(0, 1, pieces)), "best_per_minute": round(best), "naive_per_minute": round(rate(0, 0, naive_pieces)), "ratio_wall": round(ratio(0), 1), "ratio_cpu": round(ratio(1), 1)}
+def compared(fast, pieces: int, naive, naive_pieces: int, network, rounds: int) -> dict:
+    """Pieces a minute, and how many times faster one way is, medians over rounds. naive: called with a network in float32 or float64."""
+    double = copy.deepcopy(network).double()
+    ways = {"fast": (fast, pieces), "float32": (lambda: naive(network), naive_pieces), "float64": (lambda: naive(double), naive_pieces)}
+    fast()
+    seen = [{name: [seconds / count for seconds in timed(work)] for name, (work, count) in ways.items()} for _ in range(rounds)]
+    answer = {"per_minute": {name: round(statistics.median(60 / s[name][0] for s in seen)) for name in ways}}
+    for name in ("float32", "float64"):
+        answer[f"ratio_to_{name}_copy"] = {clock: round(statistics.median(s[name][i] / s["fast"][i] for s in seen), 1) for i, clock in enumerate(("wall", "cpu"))}
+    return answer
 
 
 def pruning(subject, rounds: int) -> dict:
     network, layout, images, labels, standardised, live = subject
     ids, predictions, few = [str(i) for i in range(len(images))], labels, 24
     columns = [ranking(s, standardised[0], live, 0, "0")[:k] for s in STRATEGIES for k in KS]
-    naive = lambda: [naive_pruning(network, layout, images[0], c) for c in columns]  # noqa: E731
+    naive = lambda network: [naive_pruning(network, layout, images[0], c) for c in columns]  # noqa: E731
     answers = {}
     for mode in MODES:
         pruner = Pruner(network, layout, images, mode)
         fast = lambda: effects(pruner, images[:few], labels[:few], predictions[:few], standardised[:few], live, ids[:few], KS)  # noqa: E731, B023
-        answers[mode] = compared(fast, few * len(columns), naive, len(columns), rounds)
+        answers[mode] = compared(fast, few * len(columns), naive, len(columns), network, rounds)
     return answers
 
 
@@ -115,12 +117,12 @@ def finetuning(subject, rounds: int) -> dict:
         settings = [(s, k, r) for s in strategies for k in (ks if s != "all" else (0,)) for r in rates]
         chosen = settings[:: max(1, len(settings) // 4)]
 
-        def naive(chosen=chosen):
+        def naive(network, chosen=chosen):
             for strategy, k, rate in chosen:
                 naive_step(network, layout, images, 0, int(labels[0]), None if strategy == "all" else ranking(strategy, standardised[0], live, 0, "0")[:k], rate)
 
         some = cases if len(settings) < 10 else cases[:1]
-        answers[name] = compared(lambda: transfer.transfers(tuner, images, labels, some, live, ks, rates, strategies), len(some) * len(settings), naive, len(chosen), rounds)  # noqa: B023
+        answers[name] = compared(lambda: transfer.transfers(tuner, images, labels, some, live, ks, rates, strategies), len(some) * len(settings), naive, len(chosen), network, rounds)  # noqa: B023
     return answers
 
 

@@ -158,7 +158,7 @@ class Tuner:
         if self.forward and self.forward.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         size = 2 * batch_size(images)
-        return torch.cat([self.network(images[i : i + size]) for i in range(0, max(1, len(images)), size)])
+        return torch.cat([images.new_zeros(0, self.plan.classes), *(self.network(images[i : i + size]) for i in range(0, len(images), size))])
 
 
 def _batches(order: list[int], groups: Sequence[Group], size: int) -> Iterator[list[int]]:

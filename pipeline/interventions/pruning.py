@@ -55,7 +55,7 @@ class Pruner:
         size = batch_size(images)
         edits = (_Masks(self.forward.plan, self.layout, off[i : i + size], self.mode, images.device) for i in range(0, len(origin), size))
         parts = [self.forward(images, origin[i * size : (i + 1) * size], e) for i, e in enumerate(edits)]
-        return torch.cat(parts) if parts else self.forward.network(images[:0])
+        return torch.cat(parts) if parts else images.new_zeros(0, self.forward.plan.classes)
 
 
 class _Masks:

@@ -40,10 +40,12 @@ class Use:
 
 @dataclass
 class Plan:
-    """uses: of every conv2d of a forward, in order; strange: layer -> why its filters' maps cannot be told; calls: layer -> its uses."""
+    """uses: of every conv2d of a forward, in order; strange: layer -> why its filters' maps cannot be told; classes: C; calls: layer ->
+    its uses."""
 
     uses: list[Use]
     strange: dict[int, str]
+    classes: int
     calls: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -72,7 +74,7 @@ def watch(network: torch.nn.Module, layout: FilterLayout, images: torch.Tensor) 
     unseen = [layer for layer in range(len(weights)) if layer not in strange and layer not in {u.layer for u in watched.found}]
     if unseen and _matter(network, [weights[layer] for layer in unseen], images, logits):
         strange |= {layer: "it changes the logits, but no use of it can be seen" for layer in unseen}
-    return Plan([_folded(use, watched) for use in watched.found], strange)
+    return Plan([_folded(use, watched) for use in watched.found], strange, logits.shape[1])
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
