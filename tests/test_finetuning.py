@@ -67,6 +67,17 @@ def test_is_the_updated_copy(animal, scope):
         np.testing.assert_allclose(got, naive(network, images, labels, sample, columns, rate, scope, chosen), rtol=1e-8, atol=1e-8)
 
 
+def test_groups_larger_than_a_batch(monkeypatch):
+    """They are cut, and put together again."""
+    network, layout, tuner = made(menagerie.MORE[4])
+    images, gradient = zoo.images()[0].double(), Gradient(network, layout, zoo.images()[0][0].double(), 1)
+    groups = [Group(step, 0.5, torch.arange(40) % 5) for step in (gradient.step(np.array([3, 9])), gradient.whole("all"), gradient.step(np.array([14])))]
+    whole = tuner.logits(images, groups)
+    monkeypatch.setattr(pruning, "PIXELS", {"cpu": 0})
+    for a, b in zip(tuner.logits(images, groups), whole):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_steps_move_the_logits():
     """So that agreement with the copy means something, and scopes and sets of filters are told apart."""
     network, layout, tuner = made(menagerie.MORE[4])

@@ -136,17 +136,19 @@ class Tuner:
 
     def logits(self, images: torch.Tensor, groups: Sequence[Group]) -> list[torch.Tensor]:
         """Logits [n, C] of every group, in their order. images: float32 [S, 3, H, W]."""
-        answers: list[torch.Tensor | None] = [None] * len(groups)
-        added = [i for i, g in enumerate(groups) if len(g.images) and self.forward and all(p.rows is not None and p.parameter in self.kernels for p in g.step.parts)]
-        for i in sorted(set(range(len(groups))) - set(added)):
+        size, parts = 2 * batch_size(images), [[images.new_zeros(0, self.plan.classes)] for _ in groups]
+        shared = [i for i, g in enumerate(groups) if self.forward and all(p.rows is not None and p.parameter in self.kernels for p in g.step.parts)]
+        for i in sorted(set(range(len(groups))) - set(shared)):
             with written(self.network, groups[i].step, groups[i].rate):
-                answers[i] = self._plain(images[groups[i].images.to(images.device)])
-        for batch in _batches(sorted(added, key=lambda i: self._first(groups[i].step)), groups, 2 * batch_size(images)):
-            chosen = [groups[i] for i in batch]
+                parts[i] += self._plain(images[groups[i].images.to(images.device)], size)
+        order = sorted(shared, key=lambda i: self._first(groups[i].step))
+        pieces = [(i, Group(groups[i].step, groups[i].rate, some)) for i in order for some in groups[i].images.split(size) if len(some)]
+        for batch in _batches(pieces, size):
+            chosen = [piece for _, piece in batch]
             logits = self.forward(images, torch.cat([g.images for g in chosen]), _Rows(self, chosen))
-            for i, part in zip(batch, logits.split([len(g.images) for g in chosen])):
-                answers[i] = part
-        return answers
+            for (i, _), part in zip(batch, logits.split([len(g.images) for g in chosen])):
+                parts[i].append(part)
+        return [torch.cat(p) for p in parts]
 
     def _first(self, step: Step) -> int:
         """The first convolution of a forward that a step changes."""
@@ -154,22 +156,22 @@ class Tuner:
         return min((min(c) for c in calls if c), default=len(self.plan.uses))
 
     @torch.inference_mode()
-    def _plain(self, images: torch.Tensor) -> torch.Tensor:
+    def _plain(self, images: torch.Tensor, size: int) -> list[torch.Tensor]:
         if self.forward and self.forward.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        size = 2 * batch_size(images)
-        return torch.cat([images.new_zeros(0, self.plan.classes), *(self.network(images[i : i + size]) for i in range(0, len(images), size))])
+        return [self.network(some) for some in images.split(size) if len(some)]
 
 
-def _batches(order: list[int], groups: Sequence[Group], size: int) -> Iterator[list[int]]:
-    """Stretches of the order with up to `size` images; a group is never cut, and a larger one stands alone."""
+def _batches(pieces: list[tuple[int, Group]], size: int) -> Iterator[list[tuple[int, Group]]]:
+    """Stretches of the pieces with up to `size` images."""
     batch, rows = [], 0
-    for i in order:
-        if batch and rows + len(groups[i].images) > size:
+    for piece in pieces:
+        count = len(piece[1].images)
+        if batch and rows + count > size:
             yield batch
             batch, rows = [], 0
-        batch.append(i)
-        rows += len(groups[i].images)
+        batch.append(piece)
+        rows += count
     if batch:
         yield batch
 
