@@ -28,6 +28,7 @@ from pipeline.saliency.loss import cross_entropy
 
 SCOPES = ("global", "filter")
 WHOLES = ("all", "conv")
+PIECE = 16  # images of a group computed together, beside those of other groups: many updates of few images share more than few of many
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,14 @@ class Tuner:
         for i in sorted(set(range(len(groups))) - set(shared)):
             with written(self.network, groups[i].step, groups[i].rate):
                 parts[i] += self._plain(images[groups[i].images.to(images.device)], size)
-        order = sorted(shared, key=lambda i: self._first(groups[i].step))
-        pieces = [(i, Group(groups[i].step, groups[i].rate, some)) for i in order for some in groups[i].images.split(size) if len(some)]
-        for batch in _batches(pieces, size):
-            chosen = [piece for _, piece in batch]
+        pieces = []
+        for i in sorted(shared, key=lambda i: self._first(groups[i].step)):
+            count = -(-len(groups[i].images) // min(PIECE, size))
+            pieces += [(turn, i, Group(groups[i].step, groups[i].rate, some)) for turn, some in enumerate(groups[i].images.chunk(max(1, count))) if len(some)]
+        for batch in _batches(sorted(pieces, key=lambda p: p[0]), size):
+            chosen = [piece for *_, piece in batch]
             logits = self.forward(images, torch.cat([g.images for g in chosen]), _Rows(self, chosen))
-            for (i, _), part in zip(batch, logits.split([len(g.images) for g in chosen])):
+            for (_, i, _), part in zip(batch, logits.split([len(g.images) for g in chosen])):
                 parts[i].append(part)
         return [torch.cat(p) for p in parts]
 
@@ -162,11 +165,11 @@ class Tuner:
         return [self.network(some) for some in images.split(size) if len(some)]
 
 
-def _batches(pieces: list[tuple[int, Group]], size: int) -> Iterator[list[tuple[int, Group]]]:
+def _batches(pieces: list[tuple[int, int, Group]], size: int) -> Iterator[list[tuple[int, int, Group]]]:
     """Stretches of the pieces with up to `size` images."""
     batch, rows = [], 0
     for piece in pieces:
-        count = len(piece[1].images)
+        count = len(piece[-1].images)
         if batch and rows + count > size:
             yield batch
             batch, rows = [], 0
