@@ -36,11 +36,12 @@ class FusedEngine:
 
     def __init__(self, network: torch.nn.Module, layout: FilterLayout, aggregation: str):
         self.network, self.aggregation, self.filters = network, aggregation, layout.total
+        self.names = [name for name, _ in layout.layers]
         self.weights = [p for p in network.parameters() if p.dim() == 4]
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         """Raises RuntimeError if a weight is used in a way that this engine does not see (never returns a partial answer)."""
-        sink = _Sink(self.weights, len(images), self.aggregation, images.device)
+        sink = _Sink(self.names, self.weights, len(images), self.aggregation, images.device)
         with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
             logits = self.network(images.detach()).float()
             sink.refuse()
@@ -57,9 +58,9 @@ class _Sink(TorchFunctionMode):
     not depend on it); strange: uses of a 4-D weight that are not one plain convolution.
     """
 
-    def __init__(self, weights: list[torch.nn.Parameter], batch: int, aggregation: str, device: torch.device):
+    def __init__(self, names: list[str], weights: list[torch.nn.Parameter], batch: int, aggregation: str, device: torch.device):
         super().__init__()
-        self.layer = {id(w): i for i, w in enumerate(weights)}
+        self.names, self.layer = names, {id(w): i for i, w in enumerate(weights)}
         self.parts = [torch.zeros(batch, w.shape[0], device=device) for w in weights]
         self.batch, self.aggregation, self.calls, self.strange = batch, aggregation, {}, []
 
@@ -76,7 +77,7 @@ class _Sink(TorchFunctionMode):
         if not looks:
             for value in _leaves((args, kwargs)):
                 if id(value) in self.layer:
-                    self.strange.append(f"a 4-D weight of layer {self.layer[id(value)]} goes through {name}")
+                    self.strange.append(f"the weight of {self.names[self.layer[id(value)]]} goes through {name}")
         return func(*args, **kwargs)
 
     def refuse(self) -> None:
@@ -90,9 +91,9 @@ class _Sink(TorchFunctionMode):
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         self.calls[layer] = self.calls.get(layer, 0) + 1
         if self.calls[layer] > 1:
-            self.strange.append(f"the weight of layer {layer} is used in {self.calls[layer]} convolutions")
+            self.strange.append(f"the weight of {self.names[layer]} is used in {self.calls[layer]} convolutions")
         if input.dim() != 4 or input.shape[0] != self.batch:
-            self.strange.append(f"the convolution of layer {layer} sees {list(input.shape)}, not one map for each of {self.batch} images")
+            self.strange.append(f"the convolution {self.names[layer]} sees {list(input.shape)}, not one map for each of {self.batch} images")
         stride, dilation = _pair(stride), _pair(dilation)
         if isinstance(padding, str):
             input, padding = _pad_same(input, weight, dilation) if padding == "same" else input, (0, 0)
