@@ -108,22 +108,25 @@ def bars(path: Path, intervals: dict[str, tuple[float, float, float]], words: Wo
     _chart(path, words, draw, legend=None, height=1.3 + 0.5 * len(intervals))
 
 
-def plane(path: Path, points: dict[str, list[tuple[dict, dict, str]]], words: Words) -> None:
-    """Points of two numbers with intervals each (`estimate`, `low`, `high`), joined in their order, each with a short text beside it."""
+def plane(path: Path, lines: dict[str, list[list[tuple[dict, dict, str]]]], words: Words) -> None:
+    """Points of two numbers with intervals each (`estimate`, `low`, `high`) and a short text beside them, those of a line joined in their order; the lines of one name look alike."""
 
     def draw(axes: Axes, page: Page) -> None:
-        for (name, of), (colour, dashes, marker) in zip(points.items(), STYLES):
-            across, up = ([[p[at][key] for p in of] for key in ("estimate", "low", "high")] for at in (0, 1))
-            bars = [np.abs(np.array(v[1:]) - v[0]) for v in (across, up)]
-            axes.errorbar(across[0], up[0], xerr=bars[0], yerr=bars[1], color=colour, linestyle=dashes, marker=marker, markersize=5, linewidth=1, elinewidth=0.7, label=page.safe(name))
-            for x, y, (_, _, text) in zip(across[0], up[0], of):
-                axes.annotate(page.safe(text), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL - 2, color=FAINT)
+        for (name, of_name), (colour, dashes, marker) in zip(lines.items(), STYLES):
+            for at, line in enumerate(of_name):
+                across, up = ([[p[i][key] for p in line] for key in ("estimate", "low", "high")] for i in (0, 1))
+                bars = [np.abs(np.array(v[1:]) - v[0]) for v in (across, up)]
+                axes.errorbar(across[0], up[0], xerr=bars[0], yerr=bars[1], color=colour, linestyle=dashes, marker=marker, markersize=4.5, linewidth=1, elinewidth=0.6, label=None if at else page.safe(name))
+                for x, y, (_, _, text) in zip(across[0], up[0], line):
+                    axes.annotate(page.safe(text), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL - 1, color=colour)
 
     _chart(path, words, draw, legend="lower right", height=4.6)
 
 
 def _bands(axes: Axes, page: Page, x: Sequence[float], bands: dict[str, Band], marked: bool) -> None:
     for (name, (mean, low, high)), (colour, dashes, marker) in zip(bands.items(), STYLES):
+        if len(x) == 1:
+            axes.vlines(x, low, high, color=colour, linewidth=1)
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.5, marker=marker if marked else None, markersize=4, label=page.safe(name))
 

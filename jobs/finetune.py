@@ -169,7 +169,7 @@ class FineTune:
 
     def draw(self, store: Store, summary: dict, folder: Path) -> None:
         asked = f"one step on one of {summary['samples']:,} errors of {summary['dataset']}, tried on {summary['within']}"
-        rate = summary["rates"][0]
+        rate = _rate(summary)
         names = {s: name for s, name in STRATEGIES.items() if any(e["strategy"] == s for e in summary["effects"])}
         for figure, column, up in (("neighbours", "neighbors_corrected", f"share of the {NEIGHBOURS} nearest errors corrected"), ("broken", "broken", "share of correctly classified samples broken")):
             bands = {}
@@ -180,9 +180,10 @@ class FineTune:
                     bands[name] = tuple([p[key] for p in points] for key in ("estimate", "low", "high"))
             words = charts.Words(f"Fine-tuning: {asked}", "filters that take the step", up, f"rate {rate:g}; bands: 95% bootstrap intervals over samples")
             charts.curves(folder / figure, summary["k"], bands, words, log=True)
-        points = {name: [(e["broken"], e["neighbors_corrected"], f"{e['k']}" + (f", {e['rate']:g}" if len(summary["rates"]) > 1 else "")) for e in summary["effects"] if e["strategy"] == s and "broken" in e and "neighbors_corrected" in e] for s, name in names.items()}
-        words = charts.Words(f"Repaired against broken: {asked}", "share of correctly classified samples broken", f"share of the {NEIGHBOURS} nearest errors corrected", f"beside each point: filters{', rate' if len(summary['rates']) > 1 else f' (rate {rate:g})'}; bars: 95% bootstrap intervals over samples")
-        charts.plane(folder / "frontier", {name: p for name, p in points.items() if p}, words)
+        lines = {name: _lines(summary, strategy) for strategy, name in names.items()}
+        what = f"a line: so many filters, at rates {', '.join(f'{r:g}' for r in summary['rates'])}" if len(summary["rates"]) > 1 else f"beside each point: filters; rate {rate:g}"
+        words = charts.Words(f"Repaired against broken: {asked}", "share of correctly classified samples broken", f"share of the {NEIGHBOURS} nearest errors corrected", f"{what}; bars: 95% bootstrap intervals over samples")
+        charts.plane(folder / "frontier", {name: of for name, of in lines.items() if of}, words)
 
 
 def finetune(request: Request, within: str, ks: str | None, rates: str | None, scope: str, index_name: str | None) -> dict:
@@ -210,15 +211,30 @@ def rates_of(text: str | None) -> tuple[float, ...]:
     return rates
 
 
+def _lines(summary: dict, strategy: str) -> list[list[tuple[dict, dict, str]]]:
+    """(broken, repaired, text) as they are joined: of several rates a line for each k, which stands at its end; of one rate a line over all k."""
+    known = [e for e in summary["effects"] if e["strategy"] == strategy and "broken" in e and "neighbors_corrected" in e]
+    few = strategy not in ("all", "conv")
+    points = [(e["k"], e["rate"], (e["broken"], e["neighbors_corrected"])) for e in known]
+    if len(summary["rates"]) == 1:
+        return [[(*point, str(k) if few else "") for k, _, point in points]] if points else []
+    return [[(*point, str(k) if few and rate == summary["rates"][-1] else "") for each, rate, point in points if each == k] for k in dict.fromkeys(k for k, _, _ in points)]
+
+
+def _rate(summary: dict) -> float:
+    """The rate that single numbers are about: the default one, or the nearest to it."""
+    return min(summary["rates"], key=lambda rate: abs(rate - RATES[0]))
+
+
 def _of(summary: dict, strategy: str) -> dict:
-    """The effect of a strategy at the first rate, at k nearest to `NEAR`."""
-    chosen = [e for e in summary["effects"] if e["strategy"] == strategy and e["rate"] == summary["rates"][0]]
+    """The effect of a strategy at `_rate`, at k nearest to `NEAR`."""
+    chosen = [e for e in summary["effects"] if e["strategy"] == strategy and e["rate"] == _rate(summary)]
     return min(chosen, key=lambda e: abs(e["k"] - NEAR))
 
 
 def _result(summary: dict) -> dict[str, float]:
     """Plain numbers for stdout."""
-    flat = {"samples": summary["samples"], "dead_filters": summary["dead_filters"], "k": _of(summary, "salient")["k"], "rate": summary["rates"][0]}
+    flat = {"samples": summary["samples"], "dead_filters": summary["dead_filters"], "k": _of(summary, "salient")["k"], "rate": _rate(summary)}
     return flat | {f"{column}_{strategy}": _of(summary, strategy)[column]["estimate"] for column in EFFECTS for strategy in STRATEGIES if column in _of(summary, strategy)}
 
 
@@ -229,4 +245,4 @@ def found(summary: dict) -> str:
         return f"{summary['within']} has no misclassified, or no correctly classified sample to try a step on"
     words = [f"{name} {effects[s]['neighbors_corrected'].text(3)} and {effects[s]['broken'].text(3)}" for s, name in STRATEGIES.items() if s != "conv"]
     k = _of(summary, "salient")["k"]
-    return f"a step of {k} filter{'s' * (k != 1)} at rate {summary['rates'][0]:g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}"
+    return f"a step of {k} filter{'s' * (k != 1)} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}"

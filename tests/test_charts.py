@@ -46,7 +46,28 @@ def test_curves_are_told_apart_without_colour(tmp_path, drawn):
 
 def test_every_point_of_a_plane_stands_where_it_is_said(tmp_path, drawn):
     interval = lambda x: {"estimate": x, "low": x - 0.05, "high": x + 0.05}  # noqa: E731
-    charts.plane(tmp_path / "p", {"a": [(interval(0.1), interval(0.4), "5"), (interval(0.2), interval(0.6), "20")]}, WORDS)
-    (line,) = (line for line in drawn[0].axes[0].lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
-    assert np.allclose(line.get_xydata(), [[0.1, 0.4], [0.2, 0.6]])
+    charts.plane(tmp_path / "p", {"a": [[(interval(0.1), interval(0.4), "5"), (interval(0.2), interval(0.6), "20")], [(interval(0.7), interval(0.3), "")]]}, WORDS)
+    first, second = (line for line in drawn[0].axes[0].lines if line.get_marker() == "o")
+    assert np.allclose(first.get_xydata(), [[0.1, 0.4], [0.2, 0.6]]) and np.allclose(second.get_xydata(), [[0.7, 0.3]])
     assert {"5", "20"} <= {text.get_text() for text in drawn[0].axes[0].texts}
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().texts] == ["a"]
+
+
+def test_a_single_place_has_its_interval_too(tmp_path, drawn):
+    charts.curves(tmp_path / "c", [20], {"a": ([0.2], [0.1], [0.3])}, WORDS, log=True)
+    segments = [segment.tolist() for collection in drawn[0].axes[0].collections if hasattr(collection, "get_segments") for segment in collection.get_segments()]
+    assert segments == [[[20, 0.1], [20, 0.3]]]
+
+
+def test_a_sweep_is_joined_by_its_rates_and_one_rate_by_its_sizes():
+    """Steps of the whole network have no number of filters beside them; single numbers are of the default rate where there is one."""
+    from jobs.finetune import _lines, _of
+
+    effect = lambda strategy, k, rate: {"strategy": strategy, "k": k, "rate": rate, "broken": {"estimate": rate}, "neighbors_corrected": {"estimate": k}}  # noqa: E731
+    sweep = {"rates": [0.1, 0.5, 2.0], "effects": [effect(s, k, r) for s, ks in (("salient", (1, 20)), ("all", (2032,))) for r in (0.1, 0.5, 2.0) for k in ks]}
+    shape = lambda lines: [[(across["estimate"], up["estimate"], text) for across, up, text in line] for line in lines]  # noqa: E731
+    assert shape(_lines(sweep, "salient")) == [[(0.1, 1, ""), (0.5, 1, ""), (2.0, 1, "1")], [(0.1, 20, ""), (0.5, 20, ""), (2.0, 20, "20")]]
+    assert shape(_lines(sweep, "all")) == [[(0.1, 2032, ""), (0.5, 2032, ""), (2.0, 2032, "")]]
+    one = {"rates": [0.5], "effects": [effect("salient", k, 0.5) for k in (1, 20)]}
+    assert shape(_lines(one, "salient")) == [[(0.5, 1, "1"), (0.5, 20, "20")]]
+    assert _of(sweep, "salient")["rate"] == 0.5 and _lines(sweep, "least") == []
