@@ -84,7 +84,7 @@ def within_layers(path: Path, lines: dict[str, list[Sequence[float]]], layers: l
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             most = max(max(filters) for by_filter in lines.values() for filters in by_filter)
-            axes.set_ylim(bottom=max(axes.get_ylim()[0], most / SHOWN))
+            axes.set_ylim(max(axes.get_ylim()[0], most / SHOWN), most * 1.5)
         else:
             axes.axhline(0, color=FAINT, linewidth=0.6)
         for at in range(0, len(layers) + 1, max(1, len(layers) // 60 + 1)):

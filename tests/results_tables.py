@@ -19,7 +19,7 @@ LEFT_OUT = ("examples", "result")  # of summary.json: lists of images, and what 
 SHOWN = {
     "resnet56-profile": ("saliency", "standardised", "depth"), "squeezenet1_1-profile": ("depth",), "resnet56-prune": ("corrected", "wrong_confidence"), "resnet56-prune-weights-and-bias": (),
     "squeezenet1_1-prune": ("corrected",), "resnet56-neighbors": ("agreement", "errors", "neighbours", "colours", "ends"), "resnet56-v2-neighbors": (), "squeezenet1_1-neighbors": (),
-    "resnet56-v2-finetune": ("neighbours", "broken"), "resnet56-v2-frontier": ("frontier",), "squeezenet1_1-halves-finetune": ("neighbours",),
+    "resnet56-v2-finetune": (), "resnet56-v2-frontier": ("neighbours", "broken", "frontier"), "squeezenet1_1-halves-finetune": (),
 }  # fmt: skip
 STRATEGIES = {"salient": "most salient", "random": "random", "random_live": "random, live alone", "least": "least salient, live alone", "all": "whole network", "conv": "all conv weights"}
 
