@@ -17,7 +17,7 @@ from index import Run
 from jobs import charts
 from jobs.experiment import Request, carry_out
 from jobs.neighbors import own_rows
-from jobs.prune import grid_of
+from jobs.prune import filters_of, grid_of, of_layers
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Choice, Rows, batches, gathered, images_of, network_of
 from pipeline.intervals import Interval, bootstrap_means
@@ -41,7 +41,7 @@ NEAR = 20  # filters that the sentence is about, or the grid's nearest
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The experiment: samples of `source`, tried on `within`; the index `index` of the run says who is near. grid: how many filters; see `pipeline/interventions/`."""
+    """The experiment: samples of `source`, tried on `within`; the index `index` of the run says who is near. grid: how many filters; layers: `FIRST..LAST`, whose filters may be chosen; see `pipeline/interventions/`."""
 
     source: str
     within: str
@@ -50,6 +50,7 @@ class FineTuning:
     grid: tuple[int, ...]
     rates: tuple[float, ...]
     scope: str
+    layers: str | None
     seed: int
     name: str = "finetune"
     images: bool = True
@@ -66,7 +67,7 @@ class FineTuning:
         return (3 * len(self.grid) + 2) * len(self.rates)
 
     def settings(self) -> dict[str, object]:
-        return {"datasets": [self.within], "index": self.index, "strategies": list(STRATEGIES), "k": list(self.grid), "rates": list(self.rates), "scope": self.scope, "neighbors": NEIGHBOURS, "controls": CONTROLS}
+        return {"datasets": [self.within], "index": self.index, "strategies": list(STRATEGIES), "k": list(self.grid), "rates": list(self.rates), "scope": self.scope, "layers": self.layers, "neighbors": NEIGHBOURS, "controls": CONTROLS}
 
     def start(self, run: Path, device: str) -> Rows:
         bench = Bench(self, run, device)
@@ -81,6 +82,9 @@ class Bench:
         self.manifest, self.network = network_of(run, device)
         self.run = Run(Store(run), Manifest.read(run))
         self.standard = Reference.read(run / "statistics" / f"{experiment.reference}.parquet", self.manifest.layers)
+        asked = self.manifest.layers.columns(experiment.layers) if experiment.layers else slice(None)
+        self.may_move = np.zeros(self.manifest.layers.total, bool)
+        self.may_move[asked] = self.standard.live[asked]
         store = self.run.store
         self.errors = {s.sample_id: s for samples, _ in gathered(store, experiment.within, Choice("errors", 0)) for s in samples}
         pool = Choice.smallest(store, experiment.within, "correct", POOL, experiment.seed)
@@ -123,7 +127,7 @@ class Bench:
         images = images_of(needed, self.manifest.preprocessing, self.device)
         self.tuner = self.tuner or Tuner(self.network, self.manifest.layers, images[:3])
         e = self.experiment
-        return transfers(self.tuner, images, np.array([s.label for s in needed]), cases, self.standard.live, e.grid, e.rates, tuple(STRATEGIES), e.scope, e.seed)
+        return transfers(self.tuner, images, np.array([s.label for s in needed]), cases, self.may_move, e.grid, e.rates, tuple(STRATEGIES), e.scope, e.seed)
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class FineTune:
                     known = {column: (v[0] for v in bootstrap_means(values[:, None], self.experiment.seed)) for column, values in columns.items() if len(values)}
                     effects.append({"strategy": strategy, "k": k, "rate": rate} | {column: Interval(*map(float, v), len(columns[column])).to_json() for column, v in known.items()})
         steps = len(effects)
-        summary = {"dataset": dataset, "within": self.experiment.within, "samples": rows.num_rows // steps, "dead_filters": int((~reference.live).sum()), "k": list(self.experiment.grid), "rates": list(self.experiment.rates), "effects": effects}
+        summary = {"dataset": dataset, "within": self.experiment.within, "samples": rows.num_rows // steps, "dead_filters": int((~reference.live).sum()), "k": list(self.experiment.grid), "rates": list(self.experiment.rates), "layers": self.experiment.layers, "effects": effects}
         return summary | {"result": _result(summary), "found": found(summary)}
 
     def draw(self, store: Store, summary: dict, folder: Path) -> None:
@@ -178,7 +182,7 @@ class FineTune:
                 points = points * len(summary["k"]) if len(points) == 1 else points
                 if points:
                     bands[name] = tuple([p[key] for p in points] for key in ("estimate", "low", "high"))
-            words = charts.Words(f"Fine-tuning: {asked}", "filters that take the step", up, f"rate {rate:g}; bands: 95% bootstrap intervals over samples")
+            words = charts.Words(f"Fine-tuning: {asked}", f"filters that take the step{of_layers(summary)}", up, f"rate {rate:g}; bands: 95% bootstrap intervals over samples")
             charts.curves(folder / figure, summary["k"], bands, words, log=True)
         lines = {name: _lines(summary, strategy) for strategy, name in names.items()}
         what = f"a line: so many filters, at rates {', '.join(f'{r:g}' for r in summary['rates'])}" if len(summary["rates"]) > 1 else f"beside each point: filters; rate {rate:g}"
@@ -186,17 +190,17 @@ class FineTune:
         charts.plane(folder / "frontier", {name: of for name, of in lines.items() if of}, words)
 
 
-def finetune(request: Request, within: str, ks: str | None, rates: str | None, scope: str, index_name: str | None) -> dict:
-    """Do it. Raises BadRequest for what cannot be asked: a grid, a rate, a scope or a data set that does not exist."""
+def finetune(request: Request, within: str, ks: str | None, rates: str | None, scope: str, layers: str | None, index_name: str | None) -> dict:
+    """Do it. Raises BadRequest for what cannot be asked: a grid, a rate, a scope, layers or a data set that does not exist."""
     run = Run.open(request.run)
     index = run.index(index_name)
     index.range_of(within)
     if scope not in SCOPES:
         raise BadRequest(f"--scope: '{printable(scope)}' is not one of {', '.join(SCOPES)}")
-    total = run.manifest.layers.total
+    total = filters_of(run.manifest.layers, layers)
     grid = grid_of(ks, tuple(sorted({1, 2, 5, 10, max(1, total // 100)} | ({20} if total >= 2000 else set()))), total)
     source = request.dataset_of(run.store)
-    experiment = FineTuning(source, within, index.folder.name, index.about["reference"], grid, rates_of(rates), scope, request.seed)
+    experiment = FineTuning(source, within, index.folder.name, index.about["reference"], grid, rates_of(rates), scope, layers, request.seed)
     return carry_out(FineTune(experiment), replace(request, reference=index.about["reference"]))
 
 
@@ -245,4 +249,4 @@ def found(summary: dict) -> str:
         return f"{summary['within']} has no misclassified, or no correctly classified sample to try a step on"
     words = [f"{name} {effects[s]['neighbors_corrected'].text(3)} and {effects[s]['broken'].text(3)}" for s, name in STRATEGIES.items() if s != "conv"]
     k = _of(summary, "salient")["k"]
-    return f"a step of {k} filter{'s' * (k != 1)} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}"
+    return f"a step of {k} filter{'s' * (k != 1)}{of_layers(summary)} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}"
