@@ -20,7 +20,7 @@ from jobs.neighbors import own_rows
 from jobs.prune import filters_of, grid_of, of_layers
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Choice, Rows, batches, gathered, images_of, network_of
-from pipeline.intervals import Interval, bootstrap_means
+from pipeline.intervals import Interval, bootstrap_mean, wilson
 from pipeline.manifest import Manifest
 from pipeline.samples import Sample
 from pipeline.statistics import Reference
@@ -157,7 +157,7 @@ class FineTune:
         return f"{samples:,} misclassified samples x {self.experiment.steps} steps, each tried on {NEIGHBOURS} neighbours and {CONTROLS} correctly classified samples of {self.experiment.within} = {steps * (1 + NEIGHBOURS + CONTROLS):,} forwards of one image or less"
 
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
-        """Means of every strategy, k and rate with 95% bootstrap intervals over samples; of the neighbours' and controls' shares over those samples that have any."""
+        """Means of every strategy, k and rate with 95% bootstrap intervals over samples, Wilson's for `corrected`; of the neighbours' and controls' shares over those samples that have any."""
         effects = []
         for strategy in STRATEGIES:
             of = rows.filter(pc.equal(rows["strategy"], strategy))
@@ -165,8 +165,9 @@ class FineTune:
                 for k in sorted(set(of["k"].to_pylist())):
                     table = of.filter(pc.and_(pc.equal(of["rate"], rate), pc.equal(of["k"], k)))
                     columns = {column: table[column].cast(pa.float64()).drop_null().to_numpy() for column in EFFECTS}
-                    known = {column: (v[0] for v in bootstrap_means(values[:, None], self.experiment.seed)) for column, values in columns.items() if len(values)}
-                    effects.append({"strategy": strategy, "k": k, "rate": rate} | {column: Interval(*map(float, v), len(columns[column])).to_json() for column, v in known.items()})
+                    known = {column: bootstrap_mean(values, self.experiment.seed) for column, values in columns.items() if len(values)}
+                    known["corrected"] = wilson(int(columns["corrected"].sum()), len(columns["corrected"]))
+                    effects.append({"strategy": strategy, "k": k, "rate": rate} | {column: known[column].to_json() for column in EFFECTS if column in known})
         steps = len(effects)
         summary = {"dataset": dataset, "within": self.experiment.within, "samples": rows.num_rows // steps, "dead_filters": int((~reference.live).sum()), "k": list(self.experiment.grid), "rates": list(self.experiment.rates), "layers": self.experiment.layers, "effects": effects}
         return summary | {"result": _result(summary), "found": found(summary)}

@@ -18,7 +18,7 @@ IMAGES = ROOT / "docs/images/results"
 LEFT_OUT = ("examples", "result")  # of summary.json: lists of images, and what stands there twice
 SHOWN = {
     "resnet56-profile": ("saliency", "standardised", "depth"), "squeezenet1_1-profile": ("depth",), "resnet56-prune": ("corrected", "wrong_confidence"), "resnet56-prune-weights-and-bias": (),
-    "squeezenet1_1-prune": ("corrected",), "resnet56-neighbors": ("agreement", "errors", "neighbours", "colours", "ends"), "resnet56-v2-neighbors": (), "squeezenet1_1-neighbors": (),
+    "squeezenet1_1-prune": ("corrected", "wrong_confidence"), "squeezenet1_1-prune-features": ("corrected",), "resnet56-neighbors": ("agreement", "errors", "neighbours", "colours", "ends"), "resnet56-v2-neighbors": (), "squeezenet1_1-neighbors": (),
     "resnet56-v2-finetune": (), "resnet56-v2-frontier": ("neighbours", "broken", "frontier"), "squeezenet1_1-halves-finetune": (),
 }  # fmt: skip
 STRATEGIES = {"salient": "most salient", "random": "random", "random_live": "random, live alone", "least": "least salient, live alone", "all": "whole network", "conv": "all conv weights"}
@@ -152,11 +152,19 @@ def pruned_squeezenet() -> str:
     return _pruned("squeezenet1_1-prune")
 
 
+def pruned_features() -> str:
+    return _pruned("squeezenet1_1-prune-features")
+
+
 def _pruned(name: str) -> str:
     summary = kept(name)
     strategies = ("salient", "random_live", "least")
-    head = ["filters turned off", *(STRATEGIES[s] for s in strategies), "wrong class's confidence, most salient"]
-    return table(head, [[str(k), *(cell(at(summary["curves"][s]["corrected"], place)) for s in strategies), cell(at(summary["curves"]["salient"]["wrong_confidence_change"], place), 3, "+")] for place, k in enumerate(summary["k"])])
+    head = ["filters turned off", *(f"corrected: {STRATEGIES[s]}" for s in strategies), *(f"wrong class: {STRATEGIES[s]}" for s in strategies)]
+    rows = []
+    for place, k in enumerate(summary["k"]):
+        shares, changes = ([summary["curves"][s][column] for s in strategies] for column in ("corrected", "wrong_confidence_change"))
+        rows.append([str(k), *(cell(at(curve, place)) for curve in shares), *(cell(at(curve, place), 3, "+") for curve in changes)])
+    return table(head, rows)
 
 
 # ---- figures 4 and 5 -----------------------------------------------------------------------------------------------
@@ -264,7 +272,7 @@ def speed() -> str:
     return table(["", "a minute", "naive copy, float32, a minute", "ratio to it: clock, processor time", "ratio to a float64 copy"], rows)
 
 
-TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pairs, ends, tuned, tuned_squeezenet, frontier, bargains, speed)}
+TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pruned_features, pairs, ends, tuned, tuned_squeezenet, frontier, bargains, speed)}
 
 
 # ---- what the scripts say beside it --------------------------------------------------------------------------------

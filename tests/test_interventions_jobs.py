@@ -144,6 +144,8 @@ def test_finetune_steps_are_tried_on_the_nearest_and_on_those_that_were_right(co
         checked += 1
     assert checked == 40
     effect = next(e for e in summary_of(copied.run, "finetune")["effects"] if (e["strategy"], e["rate"]) == ("all", 2.0))
+    own = [row["corrected"] for row in got if (row["strategy"], row["rate"]) == ("all", 2.0)]
+    assert effect["corrected"]["estimate"] == np.mean(own) and effect["corrected"]["low"] < effect["corrected"]["high"], "a share of samples has an interval even where all or none are corrected"
     assert effect["broken"]["estimate"] == pytest.approx(np.mean([row["broken"] for row in got if (row["strategy"], row["rate"]) == ("all", 2.0)]))
     assert all((copied.run / f"experiments/finetune/{name}{suffix}").stat().st_size > 1000 for name in ("neighbours", "broken", "frontier") for suffix in (".png", ".svg"))
 
