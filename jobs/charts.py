@@ -109,7 +109,10 @@ def bars(path: Path, intervals: dict[str, tuple[float, float, float]], words: Wo
 
 
 def plane(path: Path, lines: dict[str, list[list[tuple[dict, dict, str]]]], words: Words) -> None:
-    """Points of two numbers with intervals each (`estimate`, `low`, `high`) and a short text beside them, those of a line joined in their order; the lines of one name look alike."""
+    """Points of two numbers with intervals each (`estimate`, `low`, `high`) and a short text beside them, those of a line joined in their order; the lines of one name look alike.
+
+    The axis across is that of the square root, so that the small numbers, shares of what is broken, have room.
+    """
 
     def draw(axes: Axes, page: Page) -> None:
         for (name, of_name), (colour, dashes, marker) in zip(lines.items(), STYLES):
@@ -119,6 +122,11 @@ def plane(path: Path, lines: dict[str, list[list[tuple[dict, dict, str]]]], word
                 axes.errorbar(across[0], up[0], xerr=bars[0], yerr=bars[1], color=colour, linestyle=dashes, marker=marker, markersize=4.5, linewidth=1, elinewidth=0.6, label=None if at else page.safe(name))
                 for x, y, (_, _, text) in zip(across[0], up[0], line):
                     axes.annotate(page.safe(text), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL - 1, color=colour)
+        most = axes.get_xlim()[1]
+        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes.set_xlim(0, most)
+        axes.set_xticks([tick for tick in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1) if tick <= most])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
     _chart(path, words, draw, legend="lower right", height=4.6)
 
@@ -153,7 +161,7 @@ def _chart(path: Path, words: Words, draw: Callable[[Axes, Page], None], legend:
         if words.note:
             figure.supxlabel(page.safe(words.note), fontsize=SMALL - 1, color=FAINT, x=0.99, ha="right")
         if legend:
-            axes.legend(loc=legend, frameon=False, fontsize=SMALL, handlelength=3.4)
+            axes.legend(loc=legend, facecolor=PAPER, edgecolor="none", framealpha=0.85, fontsize=SMALL, handlelength=3.4)
         for text in figure.findobj(lambda artist: hasattr(artist, "set_fontfamily")):
             text.set_fontfamily(page.families)
         axes.tick_params(labelsize=SMALL)

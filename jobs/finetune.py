@@ -183,7 +183,7 @@ class FineTune:
                 points = points * len(summary["k"]) if len(points) == 1 else points
                 if points:
                     bands[name] = tuple([p[key] for p in points] for key in ("estimate", "low", "high"))
-            words = charts.Words(f"Fine-tuning: {asked}", f"filters that take the step{of_layers(summary)}", up, f"rate {rate:g}; bands: 95% bootstrap intervals over samples")
+            words = charts.Words(f"Fine-tuning: {asked}", f"filters{of_layers(summary)} that take the step", up, f"rate {rate:g}; bands: 95% bootstrap intervals over samples")
             charts.curves(folder / figure, summary["k"], bands, words, log=True)
         lines = {name: _lines(summary, strategy) for strategy, name in names.items()}
         what = f"a line: so many filters, at rates {', '.join(f'{r:g}' for r in summary['rates'])}" if len(summary["rates"]) > 1 else f"beside each point: filters; rate {rate:g}"

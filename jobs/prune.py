@@ -112,8 +112,9 @@ class Prune:
         asked = f"{summary['samples']:,} misclassified samples of data set {summary['dataset']}"
         for figure, column, up in (("wrong_confidence", "wrong_confidence_change", "change of the wrong class's confidence"), ("true_confidence", "true_confidence_change", "change of the true class's confidence"), ("corrected", "corrected", "share corrected")):
             bands = {name: tuple(summary["curves"][strategy][column][key] for key in ("mean", "low", "high")) for strategy, name in STRATEGIES.items()}
-            note = f"bands: 95% intervals over samples; {summary['dead_filters']:,} dead filters are chosen by 'random' alone"
-            charts.curves(folder / figure, summary["k"], bands, charts.Words(f"Filters turned off in {asked}", f"filters turned off{of_layers(summary)}", up, note), log=True)
+            dead = f"{summary['dead_filters']:,} dead filter{' is' if summary['dead_filters'] == 1 else 's are'}"
+            note = f"bands: 95% intervals over samples; {dead} chosen by 'random' alone"
+            charts.curves(folder / figure, summary["k"], bands, charts.Words(f"Filters turned off in {asked}", f"filters{of_layers(summary)} turned off", up, note), log=True)
 
 
 def prune(request: Request, ks: str | None, mode: str, layers: str | None) -> dict:
@@ -134,7 +135,7 @@ def filters_of(layout: FilterLayout, layers: str | None) -> int:
 
 def of_layers(summary: dict) -> str:
     """` of layer1..layer2`, where only some layers were asked for."""
-    return f" of {summary['layers']}" if summary["layers"] else ""
+    return f" of {summary['layers']}" if summary.get("layers") else ""
 
 
 def grid_of(text: str | None, default: tuple[int, ...], most: int) -> tuple[int, ...]:

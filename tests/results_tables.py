@@ -19,7 +19,7 @@ LEFT_OUT = ("examples", "result")  # of summary.json: lists of images, and what 
 SHOWN = {
     "resnet56-profile": ("saliency", "standardised", "depth"), "squeezenet1_1-profile": ("depth",), "resnet56-prune": ("corrected", "wrong_confidence"), "resnet56-prune-weights-and-bias": (),
     "squeezenet1_1-prune": ("corrected", "wrong_confidence"), "squeezenet1_1-prune-features": ("corrected",), "resnet56-neighbors": ("agreement", "errors", "neighbours", "colours", "ends"), "resnet56-v2-neighbors": (), "squeezenet1_1-neighbors": (),
-    "resnet56-v2-finetune": (), "resnet56-v2-frontier": ("neighbours", "broken", "frontier"), "squeezenet1_1-halves-finetune": (),
+    "resnet56-v2-finetune": (), "resnet56-v2-frontier": ("neighbours", "broken", "frontier"), "resnet56-v2-frontier-small": ("frontier",), "squeezenet1_1-halves-finetune": (),
 }  # fmt: skip
 STRATEGIES = {"salient": "most salient", "random": "random", "random_live": "random, live alone", "least": "least salient, live alone", "all": "whole network", "conv": "all conv weights"}
 
@@ -44,7 +44,8 @@ def most(run: Path, dataset: str, name: str, count: int = 20) -> None:
     profiles = pyarrow.dataset.dataset(run / "profiles" / dataset, format="parquet").to_table(columns=["label", "prediction", "saliency"])
     vectors = profiles["saliency"].combine_chunks().flatten().to_numpy().reshape(profiles.num_rows, -1).astype(np.float64)
     wrong = profiles["label"].to_numpy() != profiles["prediction"].to_numpy()
-    layers = [layer["filters"] for layer in json.loads((run / "run.json").read_text(encoding="utf-8"))["layers"]]
+    manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    layers = [layer["filters"] for layer in manifest["layers"]]
     third, depth = max(1, len(layers) // 3), np.repeat(np.arange(len(layers)), layers)
     part = np.where(depth < third, 0, np.where(depth < len(layers) - third, 1, 2))
     std = vectors.std(0, ddof=1)
@@ -53,6 +54,9 @@ def most(run: Path, dataset: str, name: str, count: int = 20) -> None:
     shares = {group: np.bincount(part[salient[which]].reshape(-1), minlength=3) / (which.sum() * count) for group, which in (("misclassified", wrong), ("correct", ~wrong))}
     shares["filters"] = np.bincount(part[live], minlength=3) / live.sum()
     found = {"count": count} | {key: dict(zip(("early", "middle", "deep"), _short(values.tolist()))) for key, values in shares.items()}
+    if layers[-1] == len(manifest["class_names"]):  # the last convolution makes the logits
+        own = sum(layers[:-1]) + profiles["label"].to_numpy()
+        found["true_class_first"] = _short(float((salient[wrong, 0] == own[wrong]).mean()))
     (DATA / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -113,6 +117,7 @@ def most_salient() -> str:
     for name, network in (("resnet56", "ResNet-56"), ("squeezenet1_1", "SqueezeNet 1.1")):
         found = kept(f"{name}-most")
         rows += [[f"{network}, {words}", *(f"{found[key][part]:.3f}" for part in ("early", "middle", "deep"))] for key, words in (("filters", "all live filters"), ("misclassified", "errors"), ("correct", "correct samples"))]
+    rows.append(["SqueezeNet 1.1, errors whose most salient filter is the output of the true class", "", "", f"{kept('squeezenet1_1-most')['true_class_first']:.3f}"])
     return table(["share of the 20 most salient filters that lies in the third", "early", "middle", "deep"], rows)
 
 
@@ -230,15 +235,20 @@ def tuned_squeezenet() -> str:
     return table([f"strategy, filters (rate {summary['rates'][0]:g})", *EFFECTS.values()], rows)
 
 
+def _sweep() -> list[dict]:
+    """Every setting of both sweeps, of the same 200 errors."""
+    return [e for name in ("resnet56-v2-frontier-small", "resnet56-v2-frontier") for e in kept(name)["effects"]]
+
+
 def frontier() -> str:
-    """Repaired / broken of every setting of the sweep."""
-    summary = kept("resnet56-v2-frontier")
+    """Repaired / broken of every setting."""
+    rates = sorted({e["rate"] for e in _sweep()})
     rows = []
     for strategy in TUNED:
-        for k in summary["k"] if strategy in TUNED[:3] else [None]:
-            found = [effect(summary, strategy, k, rate) for rate in summary["rates"]]
-            rows.append([STRATEGIES[strategy] + (f", {k}" if k else ""), *(f"{e['neighbors_corrected']['estimate']:.3f} / {e['broken']['estimate']:.3f}" for e in found)])
-    return table(["strategy, filters", *(f"rate {rate:g}" for rate in summary["rates"])], rows)
+        for k in sorted({e["k"] for e in _sweep() if e["strategy"] == strategy}):
+            found = {e["rate"]: f"{e['neighbors_corrected']['estimate']:.3f} / {e['broken']['estimate']:.3f}" for e in _sweep() if (e["strategy"], e["k"]) == (strategy, k)}
+            rows.append([STRATEGIES[strategy] + (f", {k}" if strategy in TUNED[:3] else ""), *(found.get(rate, "") for rate in rates)])
+    return table(["strategy, filters", *(f"rate {rate:g}" for rate in rates)], rows)
 
 
 BUDGETS = (0.02, 0.05, 0.1, 0.2)
@@ -246,15 +256,14 @@ BUDGETS = (0.02, 0.05, 0.1, 0.2)
 
 def bargains() -> str:
     """Of every strategy the setting that repairs most among those that break no more than so much."""
-    summary = kept("resnet56-v2-frontier")
     rows = []
     for budget in BUDGETS:
         row = [f"{budget:.2f}"]
         for strategy in TUNED:
-            within = [e for e in summary["effects"] if e["strategy"] == strategy and e["broken"]["estimate"] <= budget]
+            within = [e for e in _sweep() if e["strategy"] == strategy and e["broken"]["estimate"] <= budget]
             best = max(within, key=lambda e: e["neighbors_corrected"]["estimate"], default=None)
             setting = "" if best is None else (f"{best['k']} filters, " if strategy in TUNED[:3] and best["k"] > 1 else "1 filter, " if strategy in TUNED[:3] else "") + f"rate {best['rate']:g}"
-            row.append(f"{cell(best['neighbors_corrected'])}<br>{setting}" if best else "no setting")
+            row.append(f"{cell(best['neighbors_corrected'])}<br>{setting}, breaks {best['broken']['estimate']:.3f}" if best else "no setting")
         rows.append(row)
     return table(["broken at most", *(STRATEGIES[s] for s in TUNED)], rows)
 
