@@ -125,7 +125,11 @@ def plane(path: Path, lines: dict[str, list[list[tuple[dict, dict, str]]]], word
         most = axes.get_xlim()[1]
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes.set_xlim(0, most)
-        axes.set_xticks([tick for tick in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1) if tick <= most])
+        ticks = [0.0]
+        for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1):
+            if tick <= most and np.sqrt(tick) - np.sqrt(ticks[-1]) > 0.06 * np.sqrt(most):
+                ticks.append(tick)
+        axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
     _chart(path, words, draw, legend="lower right", height=4.6)

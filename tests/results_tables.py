@@ -310,7 +310,8 @@ def comparisons() -> dict[str, tuple[dict, float, float]]:
     for column in EFFECTS:
         for strategy, (value, error) in script[column].items():
             own = effect(tune, strategy, 20 if strategy in TUNED[:3] else None, 0.5)[column]
-            found[f"step, {strategy}, {column.replace('_', ' ')}"] = (own, value, 1.96 * (error or (value * (1 - value) / script["samples"]) ** 0.5))
+            half = max(own["high"] - own["estimate"], own["estimate"] - own["low"]) * (own["n"] / script["samples"]) ** 0.5  # where the scripts have none: ours, for as many samples as theirs
+            found[f"step, {strategy}, {column.replace('_', ' ')}"] = (own, value, 1.96 * error if error else half)
     return found
 
 

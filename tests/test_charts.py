@@ -51,6 +51,7 @@ def test_every_point_of_a_plane_stands_where_it_is_said(tmp_path, drawn):
     assert np.allclose(first.get_xydata(), [[0.1, 0.4], [0.2, 0.6]]) and np.allclose(second.get_xydata(), [[0.7, 0.3]])
     assert {"5", "20"} <= {text.get_text() for text in drawn[0].axes[0].texts}
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().texts] == ["a"]
+    assert {"0", "0.1", "0.4"} <= set(ticks(drawn[0], "x"))
 
 
 def test_a_single_place_has_its_interval_too(tmp_path, drawn):
