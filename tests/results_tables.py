@@ -55,8 +55,9 @@ def most(run: Path, dataset: str, name: str, count: int = 20) -> None:
     shares["filters"] = np.bincount(part[live], minlength=3) / live.sum()
     found = {"count": count} | {key: dict(zip(("early", "middle", "deep"), _short(values.tolist()))) for key, values in shares.items()}
     if layers[-1] == len(manifest["class_names"]):  # the last convolution makes the logits
-        own = sum(layers[:-1]) + profiles["label"].to_numpy()
-        found["true_class_first"] = _short(float((salient[wrong, 0] == own[wrong]).mean()))
+        true, predicted = (sum(layers[:-1]) + profiles[column].to_numpy()[wrong] for column in ("label", "prediction"))
+        found["true_class_first"] = _short(float((salient[wrong, 0] == true).mean()))
+        found["predicted_class_among"] = _short(float((salient[wrong] == predicted[:, None]).any(1).mean()))
     (DATA / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -118,6 +119,7 @@ def most_salient() -> str:
         found = kept(f"{name}-most")
         rows += [[f"{network}, {words}", *(f"{found[key][part]:.3f}" for part in ("early", "middle", "deep"))] for key, words in (("filters", "all live filters"), ("misclassified", "errors"), ("correct", "correct samples"))]
     rows.append(["SqueezeNet 1.1, errors whose most salient filter is the output of the true class", "", "", f"{kept('squeezenet1_1-most')['true_class_first']:.3f}"])
+    rows.append(["SqueezeNet 1.1, errors with the output of the wrong class among the 20", "", "", f"{kept('squeezenet1_1-most')['predicted_class_among']:.3f}"])
     return table(["share of the 20 most salient filters that lies in the third", "early", "middle", "deep"], rows)
 
 
