@@ -174,7 +174,7 @@ def test_names_of_the_training_set_are_noticed(tmp_path):
 
 def test_a_long_count_is_estimated_and_called_so(tmp_path, monkeypatch):
     for i in range(12):
-        write(tmp_path / f"{i}", labels=LABELS[:40])
+        write(tmp_path / f"{i}", labels=LABELS[:40], name=lambda label, i=i: f"{i}_{label}")
     monkeypatch.setattr("jobs.check.COUNTING", -1.0)
     report = check(str(tmp_path / "*/*.tar")).json
     assert report["shards"] == 24 and not report["samples_exact"] and 400 < report["samples"] < 600
