@@ -14,6 +14,7 @@ from jobs.progress import ProgressBar, say
 from pipeline.errors import BadRequest, printable
 from pipeline.filters import coverage
 from pipeline.sources import Shard, Source, open_source
+from pipeline.sources.doubles import Ids
 
 if TYPE_CHECKING:  # torch is loaded where it is needed
     import torch
@@ -104,12 +105,13 @@ def check(spec: str, model: str, weights: str | None = None, preprocess: str | N
 
 
 def count(source: Source, names: list[str], seconds: float) -> Counted:
-    """Count shards, spread over the list, for as long as there is time. Raises BadRequest naming the first that is damaged."""
+    """Count shards, spread over the list, for as long as there is time. Raises BadRequest naming the first that is damaged, or an ID that stands twice."""
     deadline = time.monotonic() + seconds
     order = sorted(range(len(names)), key=lambda i: i * 0.6180339887 % 1)  # any first part of it is spread over the whole
     done: dict[int, Shard] = {}
+    ids = Ids(source)
     with ThreadPoolExecutor(min(16, len(names))) as pool, ProgressBar("counting shards", len(names), unit="shards") as bar:
-        waiting = {pool.submit(source.census, names[i]): i for i in order}
+        waiting = {pool.submit(ids.census, names[i]): i for i in order}
         for future in as_completed(waiting):
             if not future.cancelled():
                 done[waiting[future]] = future.result()
@@ -117,6 +119,7 @@ def count(source: Source, names: list[str], seconds: float) -> Counted:
             if time.monotonic() > deadline:
                 for other in waiting:
                     other.cancel()
+    ids.refuse_doubles()
     shards = [done[i] for i in sorted(done)]
     samples = sum(shard.samples for shard in shards)
     if len(done) < len(names):

@@ -46,14 +46,12 @@ def network_of(name: str, data: Path):
     from pipeline.samples import PRESETS
 
     torch.manual_seed(0)
-    if name in REAL:
-        classifier = models.load(name, str(data / REAL[name]), None)
-        return classifier.network, classifier.preprocessing, "trained"
+    if name in REAL or ":" in name:
+        classifier = models.load(name, str(data / REAL[name]) if name in REAL else None, None)
+        return classifier.network, classifier.preprocessing, "trained" if name in REAL else "random"
     network = models.build(name)
     if name in cifar.NETWORKS:
         preprocessing = PRESETS["cifar"]
-    elif ":" in name:
-        preprocessing = network.preprocessing
     else:
         preprocessing = models._torchvision_preprocessing(torchvision.models.get_model_weights(name).DEFAULT)
     return network.float().eval().requires_grad_(False), preprocessing, "random"

@@ -160,6 +160,13 @@ def test_a_network_of_one_convolution_is_told_what_its_profile_is(tmp_path):
     assert "check: Palette has one 4-D weight, conv" in extract(source, tmp_path / "run").err
 
 
+def test_an_id_that_stands_twice_is_told(tmp_path):
+    shards.write_shard(tmp_path / "a.tar", [1, 2, 3])
+    shards.write_shard(tmp_path / "b.tar", [4, 5], first=2)
+    message = check(tmp_path).refused()
+    assert "'00002' stands twice" in message and "a.tar" in message and "b.tar" in message
+
+
 def test_names_of_the_training_set_are_noticed(tmp_path):
     ended = check(write(tmp_path, name=lambda label: f"{wnids.IDS[label]}_{label}"))
     assert ended.code == 0 and any("training set" in line for line in ended.json["warnings"])
@@ -167,7 +174,7 @@ def test_names_of_the_training_set_are_noticed(tmp_path):
 
 def test_a_long_count_is_estimated_and_called_so(tmp_path, monkeypatch):
     for i in range(12):
-        write(tmp_path / f"{i}", labels=LABELS[:40])
+        write(tmp_path / f"{i}", labels=LABELS[:40], name=lambda label, i=i: f"{i}_{label}")
     monkeypatch.setattr("jobs.check.COUNTING", -1.0)
     report = check(str(tmp_path / "*/*.tar")).json
     assert report["shards"] == 24 and not report["samples_exact"] and 400 < report["samples"] < 600

@@ -21,7 +21,7 @@ from pipeline.interventions.transfer import Case, transfers
 
 EVERY = [a for a in zoo.ZOO + menagerie.MORE if a.id != "batch-statistics"]
 ANIMALS = [pytest.param(animal, id=animal.id) for animal in EVERY]
-IN_PLACE = {"standardised-weight", "transposed-weight", "parametrised", "transposed-convolution", "no-kernel", "patches"}  # not linear in a weight, or no map a filter
+IN_PLACE = {"standardised-weight", "transposed-weight", "parametrised", "transposed-convolution", "no-kernel", "patches"}  # the weight is no kernel, or its filters have no map
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -67,6 +67,17 @@ def test_is_the_updated_copy(animal, scope):
         np.testing.assert_allclose(got, naive(network, images, labels, sample, columns, rate, scope, chosen), rtol=1e-8, atol=1e-8)
 
 
+def test_groups_larger_than_a_batch(monkeypatch):
+    """They are cut, and put together again."""
+    network, layout, tuner = made(menagerie.MORE[4])
+    images, gradient = zoo.images()[0].double(), Gradient(network, layout, zoo.images()[0][0].double(), 1)
+    groups = [Group(step, 0.5, torch.arange(40) % 5) for step in (gradient.step(np.array([3, 9])), gradient.whole("all"), gradient.step(np.array([14])))]
+    whole = tuner.logits(images, groups)
+    monkeypatch.setattr(pruning, "PIXELS", {"cpu": 0})
+    for a, b in zip(tuner.logits(images, groups), whole):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_steps_move_the_logits():
     """So that agreement with the copy means something, and scopes and sets of filters are told apart."""
     network, layout, tuner = made(menagerie.MORE[4])
@@ -91,7 +102,7 @@ def test_step_has_length_one():
 @pytest.mark.parametrize("animal", ANIMALS)
 def test_only_what_is_no_plain_kernel_is_written_in_place(animal):
     _, layout, tuner = made(animal)
-    assert (len(tuner.linear) < len(layout.layers)) == (animal.id in IN_PLACE)
+    assert (len(tuner.kernels) < len(layout.layers)) == (animal.id in IN_PLACE)
 
 
 def test_refused_where_images_depend_on_their_batch():
@@ -123,7 +134,7 @@ def test_groups_share_a_forward_and_nothing_else(data):
         torch.testing.assert_close(got, together[i], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(tuner.logits(images, [groups[i]])[0], together[i], rtol=1e-9, atol=1e-9)
         assert got.shape == (len(groups[i].images), 5)
-        if groups[i].rate == 0 or not groups[i].step.parts:
+        if len(got) and (groups[i].rate == 0 or not groups[i].step.parts):
             torch.testing.assert_close(got, network(images[groups[i].images]).detach(), rtol=1e-9, atol=1e-9)
 
 
@@ -250,4 +261,4 @@ def test_real_network(data):
             groups.append(Group(gradient.whole(columns) if isinstance(columns, str) else gradient.step(columns), 0.5, torch.arange(6)))
     for got, (sample, columns) in zip(tuner.logits(images, groups), asked):
         np.testing.assert_allclose(got, naive(network, images, labels, sample, columns, 0.5, "global", range(6)), rtol=1e-2, atol=1e-2)
-    assert len(tuner.linear) == len(layout.layers)
+    assert len(tuner.kernels) == len(layout.layers)

@@ -251,7 +251,7 @@ ZOO = [
     Animal("tokens-of-narrow-maps", lambda: Tokens(norm(4), (3, 8))),
     Animal("used-twice", Twice, "vmap", "used in 2 convolutions"),
     Animal("tied-weights", Tied, "vmap", "used in 2 convolutions"),
-    Animal("standardised-weight", plain(conv(3, 4, 1), lambda: Standardised(4, 4, 3)), "vmap", "goes through"),
+    Animal("standardised-weight", plain(conv(3, 4, 1), lambda: Standardised(4, 4, 3)), "vmap", "the weight of 0.1 goes through"),
     Animal("weight-through-batchnorm", plain(conv(3, 4, 1), RELU, lambda: Scaled(4, 6, 3)), "vmap", "goes through"),
     Animal("transposed-weight", Transposed, "vmap", "goes through"),
     Animal("parametrised", parametrised, "vmap", "computes its weight from others"),

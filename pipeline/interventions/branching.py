@@ -25,6 +25,12 @@ from pipeline.interventions.watching import CONVOLUTIONS, Plan, Use, close, leav
 DOORS = 16  # convolutions at which branches may join: each copies rows, and more of them save little
 
 
+class Convolve(Protocol):
+    """The convolution as it is, of the rows `part` of its input, or of all; or with another kernel in the place of `Use.kernel`."""
+
+    def __call__(self, part: slice = slice(None), kernel: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
 class Edits(Protocol):
     """What the branches of a batch change. first: int64 [B], the first convolution (call of conv2d in a forward, from 0) that each
     changes, any number beyond the last for none; calls: every convolution that some branch changes."""
@@ -32,9 +38,9 @@ class Edits(Protocol):
     first: torch.Tensor
     calls: Collection[int]
 
-    def apply(self, call: int, use: Use, input: torch.Tensor, output: torch.Tensor, rows: torch.Tensor) -> None:
-        """Change `output` [R, O, H, W] in place, what the convolution makes of `input` [R, I, H, W]. rows: int64 [B], on the CPU, where
-        each branch is among the R (its image's row, which is not to be changed, while it has not come to its first change)."""
+    def output(self, call: int, use: Use, rows: torch.Tensor, convolve: Convolve) -> torch.Tensor:
+        """What a convolution of `calls` gives, [R, O, H, W]. rows: int64 [B], on the CPU, where each branch is among the R (its image's row,
+        which is not to be changed, while it has not come to its first change)."""
 
 
 class Forward:
@@ -60,7 +66,9 @@ class Forward:
         origin = torch.arange(len(first)) % len(images)
         try:
             return close(self(images, origin, _Nothing(first)), expected[origin.to(expected.device)])
-        except (RuntimeError, IndexError, ValueError):
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError, TypeError):
             return False
 
     @torch.inference_mode()
@@ -87,8 +95,8 @@ class _Nothing:
     def calls(self) -> list[int]:
         return self.first.tolist()
 
-    def apply(self, call, use, input, output, rows) -> None:
-        """Nothing is changed."""
+    def output(self, call, use, rows, convolve) -> torch.Tensor:
+        return convolve()
 
 
 class Generations:
@@ -179,9 +187,12 @@ class _Run(TorchFunctionMode):
         generation = input.generation
         if call in self.touched:
             generation, input = self.now, self._bring(input, self.now)
-        output = self.mark(F.conv2d(input, weight, bias, *geometry, **named), generation)
-        if call in self.touched:
-            self.edits.apply(call, use, input, output, self.generations.rows(generation))
+
+        def convolve(part=slice(None), kernel=None):
+            return F.conv2d(input[part], weight if kernel is None else kernel, bias, *geometry, **named)
+
+        touched = call in self.touched
+        output = self.mark(self.edits.output(call, use, self.generations.rows(generation), convolve) if touched else convolve(), generation)
         if use.norm:
             output.folded = True
         return output

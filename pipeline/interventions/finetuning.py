@@ -3,10 +3,11 @@
 g is the gradient of one sample's own cross-entropy in eval mode; the step at a rate is theta_F -= rate * g_F / |g_F|, on the conv weights
 of the filters F alone, or on the whole network. Where |g_F| is 0 nothing changes, and `Step.unmoved` says so.
 
-Updated networks are never copied. Only the chosen filters' rows differ between updates, and a convolution is linear, so each update's
-images get conv(x, -rate * step) added to those filters' maps, many updates in one batch. Steps on whole parameters, and on weights that are
-no plain kernels of a convolution, are written in place, one update at a time, and taken back to the bit: meanwhile no other thread may use
-the network.
+Updated networks are never copied. Many updates share one forward: where a convolution's kernel is another for some of them, each of these
+has its images convolved with its own, and until its first one an update is not computed at all. (Adding conv(x, -rate * step) to the chosen
+maps is the same by linearity, and slower: convolutions with one or two filters are.) Steps on whole parameters, and on weights that are no
+plain kernels of a convolution, are written in place, one update at a time, and taken back to the bit: meanwhile no other thread may use the
+network.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import torch
 
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
-from pipeline.interventions.branching import Forward
+from pipeline.interventions.branching import Convolve, Forward
 from pipeline.interventions.pruning import batch_size
 from pipeline.interventions.watching import Use, watch
 from pipeline.saliency.loss import cross_entropy
 
 SCOPES = ("global", "filter")
 WHOLES = ("all", "conv")
+PIECE = 16  # images of a group computed together, beside those of other groups: many updates of few images share more than few of many
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,12 @@ class Group:
 class Tuner:
     """Logits of many updated networks. network: in eval mode; images: float32 [B, 3, H, W], real ones, on which it is watched.
 
-    linear: the parameters (name -> layer) whose steps are added to maps; other steps are written in place. Raises BadRequest if an image's
+    kernels: the parameters (name -> layer) whose updates share forwards; other steps are written in place. Raises BadRequest if an image's
     logits depend on which images share its batch.
     """
 
     def __init__(self, network: torch.nn.Module, layout: FilterLayout, images: torch.Tensor):
-        self.network, self.layout, self.linear = network, layout, {}
+        self.network, self.layout, self.kernels = network, layout, {}
         self.plan = watch(network, layout, images)
         try:
             self.forward = Forward(network, self.plan, images)
@@ -131,50 +133,54 @@ class Tuner:
             return
         for layer, name in enumerate(name for name, p in network.named_parameters() if p.dim() == 4):
             if layer not in self.plan.strange and all(self.plan.uses[call].plain for call in self.plan.calls.get(layer, ())):
-                self.linear[name] = layer
+                self.kernels[name] = layer
 
     def logits(self, images: torch.Tensor, groups: Sequence[Group]) -> list[torch.Tensor]:
         """Logits [n, C] of every group, in their order. images: float32 [S, 3, H, W]."""
-        answers: list[torch.Tensor | None] = [None] * len(groups)
-        added = [i for i, g in enumerate(groups) if len(g.images) and self.forward and all(p.rows is not None and p.parameter in self.linear for p in g.step.parts)]
-        for i in sorted(set(range(len(groups))) - set(added)):
+        size, parts = 2 * batch_size(images), [[images.new_zeros(0, self.plan.classes)] for _ in groups]
+        shared = [i for i, g in enumerate(groups) if self.forward and all(p.rows is not None and p.parameter in self.kernels for p in g.step.parts)]
+        for i in sorted(set(range(len(groups))) - set(shared)):
             with written(self.network, groups[i].step, groups[i].rate):
-                answers[i] = self._plain(images[groups[i].images.to(images.device)])
-        for batch in _batches(sorted(added, key=lambda i: self._first(groups[i].step)), groups, 2 * batch_size(images)):
-            chosen = [groups[i] for i in batch]
+                parts[i] += self._plain(images[groups[i].images.to(images.device)], size)
+        pieces = []
+        for i in sorted(shared, key=lambda i: self._first(groups[i].step)):
+            count = -(-len(groups[i].images) // min(PIECE, size))
+            pieces += [(turn, i, Group(groups[i].step, groups[i].rate, some)) for turn, some in enumerate(groups[i].images.chunk(max(1, count))) if len(some)]
+        for batch in _batches(sorted(pieces, key=lambda p: p[0]), size):
+            chosen = [piece for *_, piece in batch]
             logits = self.forward(images, torch.cat([g.images for g in chosen]), _Rows(self, chosen))
-            for i, part in zip(batch, logits.split([len(g.images) for g in chosen])):
-                answers[i] = part
-        return answers
+            for (_, i, _), part in zip(batch, logits.split([len(g.images) for g in chosen])):
+                parts[i].append(part)
+        return [torch.cat(p) for p in parts]
 
     def _first(self, step: Step) -> int:
         """The first convolution of a forward that a step changes."""
-        calls = (self.plan.calls.get(self.linear[p.parameter], ()) for p in step.parts)
+        calls = (self.plan.calls.get(self.kernels[p.parameter], ()) for p in step.parts)
         return min((min(c) for c in calls if c), default=len(self.plan.uses))
 
     @torch.inference_mode()
-    def _plain(self, images: torch.Tensor) -> torch.Tensor:
+    def _plain(self, images: torch.Tensor, size: int) -> list[torch.Tensor]:
         if self.forward and self.forward.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        size = 2 * batch_size(images)
-        return torch.cat([self.network(images[i : i + size]) for i in range(0, max(1, len(images)), size)])
+        return [self.network(some) for some in images.split(size) if len(some)]
 
 
-def _batches(order: list[int], groups: Sequence[Group], size: int) -> Iterator[list[int]]:
-    """Stretches of the order with up to `size` images; a group is never cut, and a larger one stands alone."""
+def _batches(pieces: list[tuple[int, int, Group]], size: int) -> Iterator[list[tuple[int, int, Group]]]:
+    """Stretches of the pieces with up to `size` images."""
     batch, rows = [], 0
-    for i in order:
-        if batch and rows + len(groups[i].images) > size:
+    for piece in pieces:
+        count = len(piece[-1].images)
+        if batch and rows + count > size:
             yield batch
             batch, rows = [], 0
-        batch.append(i)
-        rows += len(groups[i].images)
+        batch.append(piece)
+        rows += count
     if batch:
         yield batch
 
 
 class _Rows:
-    """`branching.Edits`: to each group's images, in the maps of its step's filters, what the change of their weights adds."""
+    """`branching.Edits`: each group's images see the kernels of its own step."""
 
     def __init__(self, tuner: Tuner, groups: Sequence[Group]):
         plan = tuner.plan
@@ -185,15 +191,20 @@ class _Rows:
             branches = slice(start, start + len(group.images))
             start = branches.stop
             for part in group.step.parts:
-                for call in plan.calls.get(tuner.linear[part.parameter], ()):
+                for call in plan.calls.get(tuner.kernels[part.parameter], ()):
                     self.calls.setdefault(call, []).append((branches, part, group.rate))
 
-    def apply(self, call: int, use: Use, input: torch.Tensor, output: torch.Tensor, rows: torch.Tensor) -> None:
-        for branches, part, rate in self.calls[call]:
-            start = int(rows[branches.start])  # a group's branches join together, and so stay side by side
-            at = slice(start, start + branches.stop - branches.start)
-            kernel = part.direction * (-rate * use.scale[part.rows])[:, None, None, None]
-            output[at].index_add_(1, part.rows, use.convolve(input[at], kernel, part.rows))
+    def output(self, call: int, use: Use, rows: torch.Tensor, convolve: Convolve) -> torch.Tensor:
+        pieces, done = [], 0
+        moved = [(int(rows[branches.start]), branches.stop - branches.start, part, rate) for branches, part, rate in self.calls[call]]
+        for start, count, part, rate in sorted(moved, key=lambda m: m[0]):
+            if start > done:
+                pieces.append(convolve(slice(done, start)))
+            kernel = use.kernel.index_add(0, part.rows, part.direction * use.scale[part.rows, None, None, None], alpha=-rate)
+            pieces.append(convolve(slice(start, start + count), kernel))  # a group's branches join together, and so stay side by side
+            done = start + count
+        rest = convolve(slice(done, None))
+        return torch.cat([*pieces, rest]) if len(rest) else torch.cat(pieces)
 
 
 @contextmanager

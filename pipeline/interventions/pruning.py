@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.filters import FilterLayout
-from pipeline.interventions.branching import Forward
+from pipeline.interventions.branching import Convolve, Forward
 from pipeline.interventions.choice import STRATEGIES, ranking
 from pipeline.interventions.watching import Plan, Use, refuse, watch
 
@@ -55,7 +55,7 @@ class Pruner:
         size = batch_size(images)
         edits = (_Masks(self.forward.plan, self.layout, off[i : i + size], self.mode, images.device) for i in range(0, len(origin), size))
         parts = [self.forward(images, origin[i * size : (i + 1) * size], e) for i, e in enumerate(edits)]
-        return torch.cat(parts) if parts else self.forward.network(images[:0])
+        return torch.cat(parts) if parts else images.new_zeros(0, self.forward.plan.classes)
 
 
 class _Masks:
@@ -72,11 +72,13 @@ class _Masks:
                 self.calls[call] = branches[start:stop], columns[start:stop] - columns_of_layer.start
                 self.first[branches[start:stop]] = self.first[branches[start:stop]].clamp(max=call)
 
-    def apply(self, call: int, use: Use, input: torch.Tensor, output: torch.Tensor, rows: torch.Tensor) -> None:
+    def output(self, call: int, use: Use, rows: torch.Tensor, convolve: Convolve) -> torch.Tensor:
         branches, channels = self.calls[call]
         channels = channels.to(self.device)
         rest = use.rest[channels] if self.mode == "weights-and-bias" else use.rest.new_zeros(len(channels))
-        output[rows[branches].to(self.device), channels] = rest[:, None, None]
+        maps = convolve()
+        maps[rows[branches].to(self.device), channels] = rest[:, None, None]
+        return maps
 
 
 def effects(

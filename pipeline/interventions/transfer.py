@@ -36,6 +36,11 @@ class Case:
     neighbours: np.ndarray
     controls: np.ndarray
 
+    @property
+    def everyone(self) -> np.ndarray:
+        """int64 [1 + K + M]: the sample, its neighbours, the controls."""
+        return np.concatenate([[self.place], self.neighbours, self.controls]).astype(np.int64)
+
 
 def transfers(
     tuner: Tuner, images: torch.Tensor, labels: np.ndarray, cases: Sequence[Case], live: np.ndarray, ks: Sequence[int], rates: Sequence[float],
@@ -50,20 +55,26 @@ def transfers(
     """
     labels, rows = np.asarray(labels), []
     settings = [(s, k) for s in strategies for k in ([tuner.layout.total] if s in WHOLES else ks)]
-    width = max((1 + len(c.neighbours) + len(c.controls) for c in cases), default=1) * len(settings) * len(rates)
+    before = _confidences(tuner, images, labels, cases)
+    width = max((len(c.everyone) for c in cases), default=1) * len(settings) * len(rates)
     together = max(1, 16 * batch_size(images) // max(1, width))  # cases of which the groups fill some batches
     for start in range(0, len(cases), together):
-        chosen, groups, steps = cases[start : start + together], [], []
-        for case in chosen:
-            near = np.concatenate([[case.place], case.neighbours]).astype(np.int64)
-            everyone = torch.from_numpy(np.concatenate([near, case.controls]).astype(np.int64))
-            steps.append(_steps(tuner, images[case.place], int(labels[case.place]), case, live, settings, scope, seed))
-            groups += [Group(NOTHING, 0.0, torch.from_numpy(near)), *(Group(step, rate, everyone) for step in steps[-1] for rate in rates)]
+        chosen = cases[start : start + together]
+        steps = [_steps(tuner, images[case.place], int(labels[case.place]), case, live, settings, scope, seed) for case in chosen]
+        groups = [Group(step, rate, torch.from_numpy(case.everyone)) for case, taken in zip(chosen, steps) for step in taken for rate in rates]
         probabilities = iter([logits.double().softmax(1).cpu().numpy() for logits in tuner.logits(images, groups)])
         for case, taken in zip(chosen, steps):
-            before = next(probabilities)
             rows += [(case.sample_id, *setting, rate, *_effect(next(probabilities), before, labels, case), step.unmoved) for setting, step in zip(settings, taken) for rate in rates]
     return pa.table([pa.array(column, f.type) for column, f in zip(zip(*rows), TRANSFERS)] if rows else [[]] * len(TRANSFERS), schema=TRANSFERS)
+
+
+def _confidences(tuner: Tuner, images: torch.Tensor, labels: np.ndarray, cases: Sequence[Case]) -> np.ndarray:
+    """float64 [S]: the network's confidence in the label of every sample and neighbour before any step; NaN elsewhere."""
+    asked = np.unique(np.concatenate([case.everyone[: len(case.everyone) - len(case.controls)] for case in cases])) if cases else np.empty(0, np.int64)
+    (logits,) = tuner.logits(images, [Group(NOTHING, 0.0, torch.from_numpy(asked))])
+    before = np.full(len(labels), np.nan)
+    before[asked] = logits.double().softmax(1).cpu().numpy()[np.arange(len(asked)), labels[asked]]
+    return before
 
 
 def _steps(tuner: Tuner, image: torch.Tensor, label: int, case: Case, live: np.ndarray, settings: list[tuple[str, int]], scope: str, seed: int) -> list[Step]:
@@ -73,10 +84,9 @@ def _steps(tuner: Tuner, image: torch.Tensor, label: int, case: Case, live: np.n
 
 
 def _effect(after: np.ndarray, before: np.ndarray, labels: np.ndarray, case: Case) -> tuple:
-    """The columns from `corrected` to `broken`, from probabilities [1 + K + M, C] after and [1 + K, C] before."""
-    own = labels[np.concatenate([[case.place], case.neighbours, case.controls]).astype(np.int64)]
+    """The columns from `corrected` to `broken`. after: probabilities [1 + K + M, C] of `case.everyone`; before: of `_confidences`."""
+    own, end = labels[case.everyone], 1 + len(case.neighbours)
     right = after.argmax(1) == own
-    place, near = np.arange(len(before)), slice(1, len(before))
-    change = after[place, own[place]] - before[place, own[place]]
+    change = after[np.arange(len(own)), own] - before[case.everyone]
     mean = lambda values: float(np.mean(values)) if len(values) else None  # noqa: E731
-    return bool(right[0]), float(change[0]), mean(right[near]), mean(change[near]), mean(~right[len(before) :])
+    return bool(right[0]), float(change[0]), mean(right[1:end]), mean(change[1:end]), mean(~right[end:])

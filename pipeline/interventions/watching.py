@@ -26,8 +26,7 @@ class Use:
 
     kernel: [O, I / groups, k, k] and bias: [O] or None, the BatchNorm's affine map folded in where `norm` says that one follows;
     scale: [O], what folding multiplied the kernel by (1 without); rest: [O], what a map is with the filter's weights and its
-    BatchNorm's bias (or its own) at zero; plain: the kernel is the parameter itself, not computed from it; geometry: stride, padding,
-    dilation, groups.
+    BatchNorm's bias (or its own) at zero; plain: the kernel is the parameter itself, not computed from it.
     """
 
     layer: int | None
@@ -37,26 +36,16 @@ class Use:
     bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     rest: torch.Tensor | None = None
-    geometry: tuple = (1, 0, 1, 1)
-
-    def convolve(self, input: torch.Tensor, kernel: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
-        """What this convolution makes of `input` [R, I, H, W] in some of its output channels, int64 [n], with another kernel for each of
-        them, [n, I / groups, k, k], and no bias: [R, n, H', W']."""
-        *geometry, groups = self.geometry
-        if groups == 1:
-            return F.conv2d(input, kernel, None, *geometry)
-        width = kernel.shape[1]
-        group = channels // (len(self.kernel) // groups)
-        inputs = (group[:, None] * width + torch.arange(width, device=group.device)).flatten()
-        return F.conv2d(input[:, inputs], kernel, None, *geometry, len(channels))
 
 
 @dataclass
 class Plan:
-    """uses: of every conv2d of a forward, in order; strange: layer -> why its filters' maps cannot be told; calls: layer -> its uses."""
+    """uses: of every conv2d of a forward, in order; strange: layer -> why its filters' maps cannot be told; classes: C; calls: layer ->
+    its uses."""
 
     uses: list[Use]
     strange: dict[int, str]
+    classes: int
     calls: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -85,7 +74,7 @@ def watch(network: torch.nn.Module, layout: FilterLayout, images: torch.Tensor) 
     unseen = [layer for layer in range(len(weights)) if layer not in strange and layer not in {u.layer for u in watched.found}]
     if unseen and _matter(network, [weights[layer] for layer in unseen], images, logits):
         strange |= {layer: "it changes the logits, but no use of it can be seen" for layer in unseen}
-    return Plan([_folded(use, watched) for use in watched.found], strange)
+    return Plan([_folded(use, watched) for use in watched.found], strange, logits.shape[1])
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -112,7 +101,6 @@ class _Found:
     plain: bool
     weight: torch.Tensor
     bias: torch.Tensor | None
-    geometry: tuple
     takers: list = field(default_factory=list)
 
 
@@ -153,10 +141,10 @@ class _Watch(TorchFunctionMode):
             self._pass(getattr(func, "__name__", "a function"), taken, made, active)
         return out
 
-    def _convolved(self, out, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    def _convolved(self, out, input, weight, bias=None, *geometry, **named):
         layer = self.origin.get(id(weight))
         plain = id(weight) in self.parameters
-        use = _Found(layer, plain, weight if plain else weight.clone(), bias, (stride, padding, dilation, groups))  # one that is computed may be a view
+        use = _Found(layer, plain, weight if plain else weight.clone(), bias)  # one that is computed may be a view
         self.found.append(use)
         self.outputs[id(out)] = use
         if layer is not None and (input.dim() != 4 or len(input) != self.batch):
@@ -184,14 +172,14 @@ def _folded(found: _Found, watched: _Watch) -> Use:
     ones = weight.new_ones(weight.shape[0])
     norm = _norm_of(found, watched)
     if norm is None:
-        return Use(found.layer, False, found.plain, weight, bias, ones, torch.zeros_like(ones), found.geometry)
+        return Use(found.layer, False, found.plain, weight, bias, ones, torch.zeros_like(ones))
     mean, var, gamma, beta, eps = norm
     mean, var = mean.double(), var.double()
     gamma, beta, own = (mean.new_full(mean.shape, value) if t is None else t.detach().double() for t, value in ((gamma, 1), (beta, 0), (bias, 0)))
     scale = gamma / torch.sqrt(var + eps)
     rest = scale * (own - mean)
     kernel = weight.double() * scale[:, None, None, None]
-    return Use(found.layer, True, found.plain, *(t.to(weight.dtype) for t in (kernel, rest + beta, scale, rest)), found.geometry)
+    return Use(found.layer, True, found.plain, *(t.to(weight.dtype) for t in (kernel, rest + beta, scale, rest)))
 
 
 def _norm_of(found: _Found, watched: _Watch):

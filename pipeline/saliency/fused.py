@@ -37,6 +37,7 @@ class FusedEngine:
 
     def __init__(self, network: torch.nn.Module, layout: FilterLayout, aggregation: str):
         self.network, self.aggregation, self.filters = network, aggregation, layout.total
+        self.names = [name for name, _ in layout.layers]
         self.weights = [p for p in network.parameters() if p.dim() == 4]
         self.folds: dict[int, Fold] | None = None
 
@@ -47,7 +48,7 @@ class FusedEngine:
         """
         if self.folds is None and len(images):
             self.folds = folds(self.network, self.weights, images[:1])
-        sink = _Sink(self.weights, self.folds or {}, len(images), self.aggregation, images.device)
+        sink = _Sink(self.names, self.weights, self.folds or {}, len(images), self.aggregation, images.device)
         with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
             logits = self.network(images.detach()).float()
             sink.close()
@@ -65,9 +66,9 @@ class _Sink(TorchFunctionMode):
     not depend on it); strange: uses of a 4-D weight that are not one plain convolution.
     """
 
-    def __init__(self, weights: list[torch.nn.Parameter], folds: dict[int, Fold], batch: int, aggregation: str, device: torch.device):
+    def __init__(self, names: list[str], weights: list[torch.nn.Parameter], folds: dict[int, Fold], batch: int, aggregation: str, device: torch.device):
         super().__init__()
-        self.layer = {id(w): i for i, w in enumerate(weights)}
+        self.names, self.layer = names, {id(w): i for i, w in enumerate(weights)}
         self.folds = folds
         self.awaited: dict[int, tuple[int, torch.Tensor]] = {}  # id of a folded convolution's output -> (layer, it), until its BatchNorm comes
         self.parts = [torch.zeros(batch, w.shape[0], device=device) for w in weights]
@@ -93,13 +94,13 @@ class _Sink(TorchFunctionMode):
         name = getattr(getattr(func, "__self__", func) if getattr(func, "__name__", "") == "__get__" else func, "__name__", "conv2d")
         for value in leaves(values):
             if func is not None and id(value) in self.layer:
-                self.strange.append(f"a 4-D weight of layer {self.layer[id(value)]} goes through {name}")
+                self.strange.append(f"the weight of {self.names[self.layer[id(value)]]} goes through {name}")
             if id(value) in self.awaited:
-                self.strange.append(f"the convolution of layer {self.awaited[id(value)][0]} goes through {name} before its BatchNorm, as it did not at first")
+                self.strange.append(f"the convolution {self.names[self.awaited[id(value)][0]]} goes through {name} before its BatchNorm, as it did not at first")
 
     def close(self) -> None:
         """The network has given its answer: every folded convolution must have met its BatchNorm."""
-        self.strange += [f"the convolution of layer {layer} is not followed by its BatchNorm, as it was at first" for layer, _ in self.awaited.values()]
+        self.strange += [f"the convolution {self.names[layer]} is not followed by its BatchNorm, as it was at first" for layer, _ in self.awaited.values()]
 
     def refuse(self) -> None:
         """Raises RuntimeError if a 4-D weight was used in another way than in one plain convolution."""
@@ -112,9 +113,9 @@ class _Sink(TorchFunctionMode):
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         self.calls[layer] = self.calls.get(layer, 0) + 1
         if self.calls[layer] > 1:
-            self.strange.append(f"the weight of layer {layer} is used in {self.calls[layer]} convolutions")
+            self.strange.append(f"the weight of {self.names[layer]} is used in {self.calls[layer]} convolutions")
         if input.dim() != 4 or input.shape[0] != self.batch:
-            self.strange.append(f"the convolution of layer {layer} sees {list(input.shape)}, not one map for each of {self.batch} images")
+            self.strange.append(f"the convolution {self.names[layer]} sees {list(input.shape)}, not one map for each of {self.batch} images")
         stride, dilation = _pair(stride), _pair(dilation)
         if isinstance(padding, str):
             input, padding = _pad_same(input, weight, dilation) if padding == "same" else input, (0, 0)
