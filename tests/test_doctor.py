@@ -151,7 +151,7 @@ def test_labels_of_another_label_set_and_images_that_are_none(tmp_path):
     assert many.code == 2 and "outside the network's classes 0..999" in many.err
     few = check(write(tmp_path / "few", image=lambda label: colour(label) if label % 20 == 3 else b""))
     assert few.code == 0 and few.json["top1"] == 1.0 and "50 of 100 samples would be set aside, 50 of them because: the image is empty (0 bytes)" in few.json["warnings"]
-    assert "can be decoded (the image is empty (0 bytes))" in check(write(tmp_path / "none", image=lambda label: b"")).refused()
+    assert "can be used (the image is empty (0 bytes))" in check(write(tmp_path / "none", image=lambda label: b"")).refused()
 
 
 def test_a_network_of_one_convolution_is_told_what_its_profile_is(tmp_path):
