@@ -28,6 +28,7 @@ STYLES = (
 )
 WIDTH, HEIGHT = 7.2, 3.9  # inches
 NAMED = 9  # layers whose names stand at the axis
+SHOWN = 10_000  # how many times the least that a logarithmic axis shows the most is
 
 Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # mean, low, high at every place
 
@@ -70,7 +71,8 @@ def by_layer(path: Path, bands: dict[str, Band], layers: list[str], words: Words
 
 
 def within_layers(path: Path, lines: dict[str, list[Sequence[float]]], layers: list[str], words: Words, log: bool = False) -> None:
-    """One number a filter: layers of equal width from shallow to deep, the filters of each side by side in the order given. log: of the axis up, where all are positive."""
+    """One number a filter: layers of equal width from shallow to deep, the filters of each side by side in the order given. log: of the axis up, where all are positive;
+    what is less than 1 / `SHOWN` of the largest lies below it."""
 
     def draw(axes: Axes, page: Page) -> None:
         x = np.concatenate([at + (np.arange(len(filters)) + 0.5) / len(filters) for at, filters in enumerate(next(iter(lines.values())))])
@@ -80,6 +82,9 @@ def within_layers(path: Path, lines: dict[str, list[Sequence[float]]], layers: l
             axes.plot(np.insert(x, gaps, np.nan), np.insert(np.where(y > 0, y, np.nan) if log else y, gaps, np.nan), color=colour, linestyle=dashes, linewidth=1.1, label=page.safe(name))
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            most = max(max(filters) for by_filter in lines.values() for filters in by_filter)
+            axes.set_ylim(max(axes.get_ylim()[0], most / SHOWN), most * 1.5)
         else:
             axes.axhline(0, color=FAINT, linewidth=0.6)
         for at in range(0, len(layers) + 1, max(1, len(layers) // 60 + 1)):
@@ -103,22 +108,25 @@ def bars(path: Path, intervals: dict[str, tuple[float, float, float]], words: Wo
     _chart(path, words, draw, legend=None, height=1.3 + 0.5 * len(intervals))
 
 
-def plane(path: Path, points: dict[str, list[tuple[dict, dict, str]]], words: Words) -> None:
-    """Points of two numbers with intervals each (`estimate`, `low`, `high`), joined in their order, each with a short text beside it."""
+def plane(path: Path, lines: dict[str, list[list[tuple[dict, dict, str]]]], words: Words) -> None:
+    """Points of two numbers with intervals each (`estimate`, `low`, `high`) and a short text beside them, those of a line joined in their order; the lines of one name look alike."""
 
     def draw(axes: Axes, page: Page) -> None:
-        for (name, of), (colour, dashes, marker) in zip(points.items(), STYLES):
-            across, up = ([[p[at][key] for p in of] for key in ("estimate", "low", "high")] for at in (0, 1))
-            bars = [np.abs(np.array(v[1:]) - v[0]) for v in (across, up)]
-            axes.errorbar(across[0], up[0], xerr=bars[0], yerr=bars[1], color=colour, linestyle=dashes, marker=marker, markersize=5, linewidth=1, elinewidth=0.7, label=page.safe(name))
-            for x, y, (_, _, text) in zip(across[0], up[0], of):
-                axes.annotate(page.safe(text), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL - 2, color=FAINT)
+        for (name, of_name), (colour, dashes, marker) in zip(lines.items(), STYLES):
+            for at, line in enumerate(of_name):
+                across, up = ([[p[i][key] for p in line] for key in ("estimate", "low", "high")] for i in (0, 1))
+                bars = [np.abs(np.array(v[1:]) - v[0]) for v in (across, up)]
+                axes.errorbar(across[0], up[0], xerr=bars[0], yerr=bars[1], color=colour, linestyle=dashes, marker=marker, markersize=4.5, linewidth=1, elinewidth=0.6, label=None if at else page.safe(name))
+                for x, y, (_, _, text) in zip(across[0], up[0], line):
+                    axes.annotate(page.safe(text), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL - 1, color=colour)
 
     _chart(path, words, draw, legend="lower right", height=4.6)
 
 
 def _bands(axes: Axes, page: Page, x: Sequence[float], bands: dict[str, Band], marked: bool) -> None:
     for (name, (mean, low, high)), (colour, dashes, marker) in zip(bands.items(), STYLES):
+        if len(x) == 1:
+            axes.vlines(x, low, high, color=colour, linewidth=1)
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.5, marker=marker if marked else None, markersize=4, label=page.safe(name))
 

@@ -67,21 +67,22 @@ class Evaluate:
         return summary | {"result": _result(summary), "found": found(summary)}
 
     def draw(self, store: Store, summary: dict, folder: Path) -> None:
-        among, asked = " and ".join(summary["datasets"]), f"{summary['queries']:,} errors of {summary['dataset']}"
+        alone, asked = summary["datasets"] == [summary["dataset"]], f"{summary['queries']:,} errors of {summary['dataset']}"
+        among = "among themselves" if alone else f"in {' and '.join(summary['datasets'])}"
         bands = {name: _band(summary["pair_shares"][setting]["either"]) for setting, name in NAMES.items() if setting != "random"}
-        words = charts.Words(f"Neighbours that confuse the same two classes: {asked} in {among}", "k nearest errors", "share with the same pair or its reverse", "bands: 95% bootstrap intervals over queries")
+        words = charts.Words(f"Neighbours with the same two classes: {asked} {among}", "k nearest errors", "share with the same pair or its reverse", "bands: 95% bootstrap intervals over queries")
         most = max(len(mean) for mean, _, _ in bands.values())
         charts.curves(folder / "agreement", range(1, most + 1), bands, words, {"by chance": summary["chance"]})
         band = _band(summary["error_shares"])
-        words = charts.Words(f"Errors among the neighbours of errors: {asked} in {among}", "k nearest of all samples", "share that is misclassified", "band: 95% bootstrap interval over queries")
+        words = charts.Words(f"Errors among the neighbours of errors: {summary['queries']:,} of data set {summary['dataset']}", f"k nearest of all samples of {' and '.join(summary['datasets'])}", "share that is misclassified", "band: 95% bootstrap interval over queries")
         charts.curves(folder / "errors", range(1, len(band[0]) + 1), {"nearest by all layers": band}, words, {"base rate": summary["base_rate"]})
         words = charts.Words(f"Colours of neighbours: {asked}, {summary['near']} nearest", "distance of colour histograms (0: the same colours, 1: none in common)", "", "bars: 95% bootstrap intervals over queries")
         points = {NAMES[setting]: tuple(interval[key] for key in ("estimate", "low", "high")) for setting, interval in summary["colour_distance"].items()}
         charts.bars(folder / "colours", points, words)
         pictures = _Pictures(store, summary)
-        sheet.draw(folder / "neighbours", [pictures.strip(example, "standardised", "") for example in summary["examples"]], f"Errors of {summary['dataset']}, drawn at random, and the errors nearest to them in {among}")
+        sheet.draw(folder / "neighbours", [pictures.strip(example, "standardised", "") for example in summary["examples"]], f"Errors of {summary['dataset']}, drawn at random, and the errors nearest to them {among}")
         strips = [pictures.strip(example, setting, NAMES[setting]) for example in summary["examples"] for setting in ("first", "last")]
-        sheet.draw(folder / "ends", strips, f"The same errors: nearest by the first and by the last layers in {among}")
+        sheet.draw(folder / "ends", strips, f"The same errors: nearest by the first and by the last layers {among}")
 
 
 def evaluate(run: Run, source: str, within: str | None, name: str | None, split: str | None, request: Request) -> dict:

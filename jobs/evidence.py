@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from jobs.options import Actors, Address, Dataset, Device, Fresh, MaxSamples, Name, Record, Reference, RunOption, Seed, engines
+from jobs.options import Actors, Address, Chosen, Dataset, Device, Fresh, MaxSamples, Name, Record, Reference, RunOption, Seed, engines
 from jobs.progress import say
 
 
@@ -36,6 +36,7 @@ def prune(
     dataset: Dataset = None,
     ks: Annotated[Optional[str], typer.Option("-k", help="How many filters are turned off, for example 1,5,20. Default: 1,2,5,10,20,50,100.")] = None,
     mode: Annotated[str, typer.Option(help="map: a filter's map after its BatchNorm is zero; weights-and-bias: its weights and the BatchNorm's bias are, as in the paper, which leaves a constant.")] = "map",
+    layers: Chosen = None,
     reference: Reference = None,
     max_samples: MaxSamples = None,
     seed: Seed = 0,
@@ -51,7 +52,7 @@ def prune(
     from jobs.prune import prune as job
 
     output.check_format(format, ("table", "json"))
-    _told(job(Request(run, dataset, reference, max_samples, seed, fresh, device, engines(actors), address), ks, mode), format)
+    _told(job(Request(run, dataset, reference, max_samples, seed, fresh, device, engines(actors), address), ks, mode, layers), format)
 
 
 def finetune(
@@ -61,6 +62,7 @@ def finetune(
     ks: Annotated[Optional[str], typer.Option("-k", help="How many filters take the step, for example 1,5,20. Default: 1 to 1% of the filters.")] = None,
     rates: Annotated[Optional[str], typer.Option(help="Lengths of the step, for example 0.1,0.5. Default: 0.5.")] = None,
     scope: Annotated[str, typer.Option(help="global: one norm over all chosen filters; filter: each filter's gradient by its own norm.")] = "global",
+    layers: Chosen = None,
     name: Name = None,
     max_samples: MaxSamples = None,
     seed: Seed = 0,
@@ -77,7 +79,7 @@ def finetune(
 
     output.check_format(format, ("table", "json"))
     request = Request(run, source, None, max_samples, seed, fresh, device, engines(actors), address)
-    _told(job(request, within, ks, rates, scope, name), format)
+    _told(job(request, within, ks, rates, scope, layers, name), format)
 
 
 def _told(summary: dict, format: str) -> None:

@@ -17,10 +17,10 @@ from index import Run
 from jobs import charts
 from jobs.experiment import Request, carry_out
 from jobs.neighbors import own_rows
-from jobs.prune import grid_of
+from jobs.prune import filters_of, grid_of, of_layers
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Choice, Rows, batches, gathered, images_of, network_of
-from pipeline.intervals import Interval, bootstrap_means
+from pipeline.intervals import Interval, bootstrap_mean, wilson
 from pipeline.manifest import Manifest
 from pipeline.samples import Sample
 from pipeline.statistics import Reference
@@ -41,7 +41,7 @@ NEAR = 20  # filters that the sentence is about, or the grid's nearest
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The experiment: samples of `source`, tried on `within`; the index `index` of the run says who is near. grid: how many filters; see `pipeline/interventions/`."""
+    """The experiment: samples of `source`, tried on `within`; the index `index` of the run says who is near. grid: how many filters; layers: `FIRST..LAST`, whose filters may be chosen; see `pipeline/interventions/`."""
 
     source: str
     within: str
@@ -50,6 +50,7 @@ class FineTuning:
     grid: tuple[int, ...]
     rates: tuple[float, ...]
     scope: str
+    layers: str | None
     seed: int
     name: str = "finetune"
     images: bool = True
@@ -66,7 +67,7 @@ class FineTuning:
         return (3 * len(self.grid) + 2) * len(self.rates)
 
     def settings(self) -> dict[str, object]:
-        return {"datasets": [self.within], "index": self.index, "strategies": list(STRATEGIES), "k": list(self.grid), "rates": list(self.rates), "scope": self.scope, "neighbors": NEIGHBOURS, "controls": CONTROLS}
+        return {"datasets": [self.within], "index": self.index, "strategies": list(STRATEGIES), "k": list(self.grid), "rates": list(self.rates), "scope": self.scope, "layers": self.layers, "neighbors": NEIGHBOURS, "controls": CONTROLS}
 
     def start(self, run: Path, device: str) -> Rows:
         bench = Bench(self, run, device)
@@ -81,6 +82,9 @@ class Bench:
         self.manifest, self.network = network_of(run, device)
         self.run = Run(Store(run), Manifest.read(run))
         self.standard = Reference.read(run / "statistics" / f"{experiment.reference}.parquet", self.manifest.layers)
+        asked = self.manifest.layers.columns(experiment.layers) if experiment.layers else slice(None)
+        self.may_move = np.zeros(self.manifest.layers.total, bool)
+        self.may_move[asked] = self.standard.live[asked]
         store = self.run.store
         self.errors = {s.sample_id: s for samples, _ in gathered(store, experiment.within, Choice("errors", 0)) for s in samples}
         pool = Choice.smallest(store, experiment.within, "correct", POOL, experiment.seed)
@@ -123,7 +127,7 @@ class Bench:
         images = images_of(needed, self.manifest.preprocessing, self.device)
         self.tuner = self.tuner or Tuner(self.network, self.manifest.layers, images[:3])
         e = self.experiment
-        return transfers(self.tuner, images, np.array([s.label for s in needed]), cases, self.standard.live, e.grid, e.rates, tuple(STRATEGIES), e.scope, e.seed)
+        return transfers(self.tuner, images, np.array([s.label for s in needed]), cases, self.may_move, e.grid, e.rates, tuple(STRATEGIES), e.scope, e.seed)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class FineTune:
         return f"{samples:,} misclassified samples x {self.experiment.steps} steps, each tried on {NEIGHBOURS} neighbours and {CONTROLS} correctly classified samples of {self.experiment.within} = {steps * (1 + NEIGHBOURS + CONTROLS):,} forwards of one image or less"
 
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
-        """Means of every strategy, k and rate with 95% bootstrap intervals over samples; of the neighbours' and controls' shares over those samples that have any."""
+        """Means of every strategy, k and rate with 95% bootstrap intervals over samples, Wilson's for `corrected`; of the neighbours' and controls' shares over those samples that have any."""
         effects = []
         for strategy in STRATEGIES:
             of = rows.filter(pc.equal(rows["strategy"], strategy))
@@ -161,15 +165,16 @@ class FineTune:
                 for k in sorted(set(of["k"].to_pylist())):
                     table = of.filter(pc.and_(pc.equal(of["rate"], rate), pc.equal(of["k"], k)))
                     columns = {column: table[column].cast(pa.float64()).drop_null().to_numpy() for column in EFFECTS}
-                    known = {column: (v[0] for v in bootstrap_means(values[:, None], self.experiment.seed)) for column, values in columns.items() if len(values)}
-                    effects.append({"strategy": strategy, "k": k, "rate": rate} | {column: Interval(*map(float, v), len(columns[column])).to_json() for column, v in known.items()})
+                    known = {column: bootstrap_mean(values, self.experiment.seed) for column, values in columns.items() if len(values)}
+                    known["corrected"] = wilson(int(columns["corrected"].sum()), len(columns["corrected"]))
+                    effects.append({"strategy": strategy, "k": k, "rate": rate} | {column: known[column].to_json() for column in EFFECTS if column in known})
         steps = len(effects)
-        summary = {"dataset": dataset, "within": self.experiment.within, "samples": rows.num_rows // steps, "dead_filters": int((~reference.live).sum()), "k": list(self.experiment.grid), "rates": list(self.experiment.rates), "effects": effects}
+        summary = {"dataset": dataset, "within": self.experiment.within, "samples": rows.num_rows // steps, "dead_filters": int((~reference.live).sum()), "k": list(self.experiment.grid), "rates": list(self.experiment.rates), "layers": self.experiment.layers, "effects": effects}
         return summary | {"result": _result(summary), "found": found(summary)}
 
     def draw(self, store: Store, summary: dict, folder: Path) -> None:
         asked = f"one step on one of {summary['samples']:,} errors of {summary['dataset']}, tried on {summary['within']}"
-        rate = summary["rates"][0]
+        rate = _rate(summary)
         names = {s: name for s, name in STRATEGIES.items() if any(e["strategy"] == s for e in summary["effects"])}
         for figure, column, up in (("neighbours", "neighbors_corrected", f"share of the {NEIGHBOURS} nearest errors corrected"), ("broken", "broken", "share of correctly classified samples broken")):
             bands = {}
@@ -178,24 +183,25 @@ class FineTune:
                 points = points * len(summary["k"]) if len(points) == 1 else points
                 if points:
                     bands[name] = tuple([p[key] for p in points] for key in ("estimate", "low", "high"))
-            words = charts.Words(f"Fine-tuning: {asked}", "filters that take the step", up, f"rate {rate:g}; bands: 95% bootstrap intervals over samples")
+            words = charts.Words(f"Fine-tuning: {asked}", f"filters that take the step{of_layers(summary)}", up, f"rate {rate:g}; bands: 95% bootstrap intervals over samples")
             charts.curves(folder / figure, summary["k"], bands, words, log=True)
-        points = {name: [(e["broken"], e["neighbors_corrected"], f"{e['k']}" + (f", {e['rate']:g}" if len(summary["rates"]) > 1 else "")) for e in summary["effects"] if e["strategy"] == s and "broken" in e and "neighbors_corrected" in e] for s, name in names.items()}
-        words = charts.Words(f"Repaired against broken: {asked}", "share of correctly classified samples broken", f"share of the {NEIGHBOURS} nearest errors corrected", f"beside each point: filters{', rate' if len(summary['rates']) > 1 else f' (rate {rate:g})'}; bars: 95% bootstrap intervals over samples")
-        charts.plane(folder / "frontier", {name: p for name, p in points.items() if p}, words)
+        lines = {name: _lines(summary, strategy) for strategy, name in names.items()}
+        what = f"a line: so many filters, at rates {', '.join(f'{r:g}' for r in summary['rates'])}" if len(summary["rates"]) > 1 else f"beside each point: filters; rate {rate:g}"
+        words = charts.Words(f"Repaired against broken: {asked}", "share of correctly classified samples broken", f"share of the {NEIGHBOURS} nearest errors corrected", f"{what}; bars: 95% bootstrap intervals over samples")
+        charts.plane(folder / "frontier", {name: of for name, of in lines.items() if of}, words)
 
 
-def finetune(request: Request, within: str, ks: str | None, rates: str | None, scope: str, index_name: str | None) -> dict:
-    """Do it. Raises BadRequest for what cannot be asked: a grid, a rate, a scope or a data set that does not exist."""
+def finetune(request: Request, within: str, ks: str | None, rates: str | None, scope: str, layers: str | None, index_name: str | None) -> dict:
+    """Do it. Raises BadRequest for what cannot be asked: a grid, a rate, a scope, layers or a data set that does not exist."""
     run = Run.open(request.run)
     index = run.index(index_name)
     index.range_of(within)
     if scope not in SCOPES:
         raise BadRequest(f"--scope: '{printable(scope)}' is not one of {', '.join(SCOPES)}")
-    total = run.manifest.layers.total
+    total = filters_of(run.manifest.layers, layers)
     grid = grid_of(ks, tuple(sorted({1, 2, 5, 10, max(1, total // 100)} | ({20} if total >= 2000 else set()))), total)
     source = request.dataset_of(run.store)
-    experiment = FineTuning(source, within, index.folder.name, index.about["reference"], grid, rates_of(rates), scope, request.seed)
+    experiment = FineTuning(source, within, index.folder.name, index.about["reference"], grid, rates_of(rates), scope, layers, request.seed)
     return carry_out(FineTune(experiment), replace(request, reference=index.about["reference"]))
 
 
@@ -210,15 +216,30 @@ def rates_of(text: str | None) -> tuple[float, ...]:
     return rates
 
 
+def _lines(summary: dict, strategy: str) -> list[list[tuple[dict, dict, str]]]:
+    """(broken, repaired, text) as they are joined: of several rates a line for each k, which stands at its end; of one rate a line over all k."""
+    known = [e for e in summary["effects"] if e["strategy"] == strategy and "broken" in e and "neighbors_corrected" in e]
+    few = strategy not in ("all", "conv")
+    points = [(e["k"], e["rate"], (e["broken"], e["neighbors_corrected"])) for e in known]
+    if len(summary["rates"]) == 1:
+        return [[(*point, str(k) if few else "") for k, _, point in points]] if points else []
+    return [[(*point, str(k) if few and rate == summary["rates"][-1] else "") for each, rate, point in points if each == k] for k in dict.fromkeys(k for k, _, _ in points)]
+
+
+def _rate(summary: dict) -> float:
+    """The rate that single numbers are about: the default one, or the nearest to it."""
+    return min(summary["rates"], key=lambda rate: abs(rate - RATES[0]))
+
+
 def _of(summary: dict, strategy: str) -> dict:
-    """The effect of a strategy at the first rate, at k nearest to `NEAR`."""
-    chosen = [e for e in summary["effects"] if e["strategy"] == strategy and e["rate"] == summary["rates"][0]]
+    """The effect of a strategy at `_rate`, at k nearest to `NEAR`."""
+    chosen = [e for e in summary["effects"] if e["strategy"] == strategy and e["rate"] == _rate(summary)]
     return min(chosen, key=lambda e: abs(e["k"] - NEAR))
 
 
 def _result(summary: dict) -> dict[str, float]:
     """Plain numbers for stdout."""
-    flat = {"samples": summary["samples"], "dead_filters": summary["dead_filters"], "k": _of(summary, "salient")["k"], "rate": summary["rates"][0]}
+    flat = {"samples": summary["samples"], "dead_filters": summary["dead_filters"], "k": _of(summary, "salient")["k"], "rate": _rate(summary)}
     return flat | {f"{column}_{strategy}": _of(summary, strategy)[column]["estimate"] for column in EFFECTS for strategy in STRATEGIES if column in _of(summary, strategy)}
 
 
@@ -229,4 +250,4 @@ def found(summary: dict) -> str:
         return f"{summary['within']} has no misclassified, or no correctly classified sample to try a step on"
     words = [f"{name} {effects[s]['neighbors_corrected'].text(3)} and {effects[s]['broken'].text(3)}" for s, name in STRATEGIES.items() if s != "conv"]
     k = _of(summary, "salient")["k"]
-    return f"a step of {k} filter{'s' * (k != 1)} at rate {summary['rates'][0]:g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}"
+    return f"a step of {k} filter{'s' * (k != 1)}{of_layers(summary)} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}"

@@ -22,6 +22,7 @@ Actors = Annotated[Optional[str], typer.Option(help="How many engines, N or MIN-
 Address = Annotated[Optional[str], typer.Option(help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")]
 Record = Annotated[str, typer.Option("--format", help="table or json, on stdout.")]
 Layers = Annotated[Optional[str], typer.Option("--layers", help="A range of layers, FIRST..LAST, both included, or one layer.")]
+Chosen = Annotated[Optional[str], typer.Option("--layers", help="Choose filters of these layers alone: FIRST..LAST, both included, or one layer.")]
 
 
 def engines(text: str | None) -> tuple[int, int] | None:

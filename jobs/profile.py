@@ -84,13 +84,13 @@ class Profile:
         dataset, layers = summary["dataset"], summary["layers"]
         curves = summary["sorted_within_layers"]
         across = "layers, shallow to deep, each of the same width"
-        words = charts.Words(f"Filter saliency of {dataset}, mean over {sum(g['samples'] for g in summary['groups'].values()):,} samples", f"{across}; filters sorted within", "|gradient|", "")
+        words = charts.Words(f"Filter saliency of data set {dataset}, mean over {sum(g['samples'] for g in summary['groups'].values()):,} samples", f"{across}; filters sorted within", "|gradient|", "")
         charts.within_layers(folder / "saliency", {"all samples": curves["saliency"]}, layers, words, log=True)
         named = {f"{name} ({group['samples']:,})": name for name, group in summary["groups"].items()}
-        words = charts.Words(f"Standardised filter saliency of {dataset}, means of the groups", f"{across}; filters sorted within", "standardised saliency", "")
+        words = charts.Words(f"Standardised filter saliency of data set {dataset}, means of the groups", f"{across}; filters sorted within", "standardised saliency", "")
         charts.within_layers(folder / "standardised", {shown: curves[name] for shown, name in named.items()}, layers, words)
         bands = {shown: tuple(summary["groups"][name]["layers"][key] for key in ("mean", "low", "high")) for shown, name in named.items()}
-        words = charts.Words(f"Where {dataset} is salient: mean over the filters of each layer", across, "standardised saliency")
+        words = charts.Words(f"Where data set {dataset} is salient: mean over the filters of each layer", across, "standardised saliency")
         charts.by_layer(folder / "depth", bands, layers, words)
 
 

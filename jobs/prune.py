@@ -14,6 +14,7 @@ from jobs import charts
 from jobs.experiment import Request, carry_out
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Rows, batches, images_of, network_of
+from pipeline.filters import FilterLayout
 from pipeline.intervals import Interval, bootstrap_means, wilson
 from pipeline.samples import Sample
 from pipeline.statistics import Reference
@@ -28,11 +29,12 @@ NEAR = 20  # filters that the sentence is about, or the grid's nearest
 
 @dataclass(frozen=True)
 class Pruning:
-    """The experiment. grid: how many filters; mode: see `pipeline/interventions/pruning.py`; `reference` standardises."""
+    """The experiment. grid: how many filters; mode: see `pipeline/interventions/pruning.py`; layers: `FIRST..LAST`, whose filters may be chosen; `reference` standardises."""
 
     reference: str
     grid: tuple[int, ...]
     mode: str
+    layers: str | None
     seed: int
     name: str = "prune"
     images: bool = True
@@ -44,13 +46,14 @@ class Pruning:
         return len(STRATEGIES) * len(self.grid) / 3  # an extraction is worth three forwards
 
     def settings(self) -> dict[str, object]:
-        return {"strategies": list(STRATEGIES), "k": list(self.grid), "mode": self.mode}
+        return {"strategies": list(STRATEGIES), "k": list(self.grid), "mode": self.mode, "layers": self.layers}
 
     def start(self, run: Path, device: str) -> Rows:
         from pipeline.interventions.pruning import Pruner, effects
 
         manifest, network = network_of(run, device)
         standard = Reference.read(run / "statistics" / f"{self.reference}.parquet", manifest.layers)
+        among = manifest.layers.columns(self.layers) if self.layers else slice(None)
         pruners: dict[tuple[int, ...], Pruner] = {}
 
         def rows(samples, profiles):
@@ -62,7 +65,7 @@ class Pruning:
                     pruners[shape] = Pruner(network, manifest.layers, images[:3], self.mode)
                 facts = profiles.take(pa.array(at))
                 ids, labels, predictions = facts["sample_id"].to_pylist(), facts["label"].to_numpy(), facts["prediction"].to_numpy()
-                parts.append(effects(pruners[shape], images, labels, predictions, standard.standardise(saliency_of(facts)), standard.live, ids, self.grid, tuple(STRATEGIES), self.seed))
+                parts.append(effects(pruners[shape], images, labels, predictions, standard.standardise(saliency_of(facts)), standard.live, ids, self.grid, tuple(STRATEGIES), self.seed, among))
             return pa.concat_tables(parts)
 
         return rows
@@ -99,28 +102,39 @@ class Prune:
             shares = [wilson(int(column.sum()), len(column)) for column in by["corrected"].T]
             curves[strategy]["corrected"] = {"mean": [s.estimate for s in shares], "low": [s.low for s in shares], "high": [s.high for s in shares]}
         samples = rows.num_rows // (len(STRATEGIES) * len(self.experiment.grid))
-        summary = {"dataset": dataset, "samples": samples, "k": list(self.experiment.grid), "mode": self.experiment.mode, "dead_filters": int((~reference.live).sum()), "curves": curves}
+        summary = {"dataset": dataset, "samples": samples, "k": list(self.experiment.grid), "mode": self.experiment.mode, "layers": self.experiment.layers, "dead_filters": int((~reference.live).sum()), "curves": curves}
         at = int(np.argmin(np.abs(np.array(self.experiment.grid) - NEAR)))
         result = {"samples": samples, "dead_filters": summary["dead_filters"], "k": self.experiment.grid[at]}
         result |= {f"{column}_{strategy}": curves[strategy][column]["mean"][at] for column in SCHEMA.names[3:] for strategy in STRATEGIES}
         return summary | {"result": result, "found": found(summary, at)}
 
     def draw(self, store: Store, summary: dict, folder: Path) -> None:
-        asked = f"{summary['samples']:,} misclassified samples of {summary['dataset']}"
+        asked = f"{summary['samples']:,} misclassified samples of data set {summary['dataset']}"
         for figure, column, up in (("wrong_confidence", "wrong_confidence_change", "change of the wrong class's confidence"), ("true_confidence", "true_confidence_change", "change of the true class's confidence"), ("corrected", "corrected", "share corrected")):
             bands = {name: tuple(summary["curves"][strategy][column][key] for key in ("mean", "low", "high")) for strategy, name in STRATEGIES.items()}
             note = f"bands: 95% intervals over samples; {summary['dead_filters']:,} dead filters are chosen by 'random' alone"
-            charts.curves(folder / figure, summary["k"], bands, charts.Words(f"Filters turned off in {asked}", "filters turned off", up, note), log=True)
+            charts.curves(folder / figure, summary["k"], bands, charts.Words(f"Filters turned off in {asked}", f"filters turned off{of_layers(summary)}", up, note), log=True)
 
 
-def prune(request: Request, ks: str | None, mode: str) -> dict:
-    """Do it. Raises BadRequest for a grid or a mode that does not exist."""
+def prune(request: Request, ks: str | None, mode: str, layers: str | None) -> dict:
+    """Do it. Raises BadRequest for a grid, a mode or layers that do not exist."""
     store = Store(request.run.expanduser().absolute())
-    total = store.manifest().layers.total
+    total = filters_of(store.manifest().layers, layers)
     if mode not in MODES:
         raise BadRequest(f"--mode: '{printable(mode)}' is not one of {', '.join(MODES)}")
     reference = request.reference_of(store, request.dataset_of(store))
-    return carry_out(Prune(Pruning(reference, grid_of(ks, GRID, total), mode, request.seed)), request)
+    return carry_out(Prune(Pruning(reference, grid_of(ks, GRID, total), mode, layers, request.seed)), request)
+
+
+def filters_of(layout: FilterLayout, layers: str | None) -> int:
+    """How many may be chosen. Raises BadRequest for layers that the network does not have."""
+    columns = layout.columns(layers) if layers else slice(0, layout.total)
+    return columns.stop - columns.start
+
+
+def of_layers(summary: dict) -> str:
+    """` of layer1..layer2`, where only some layers were asked for."""
+    return f" of {summary['layers']}" if summary["layers"] else ""
 
 
 def grid_of(text: str | None, default: tuple[int, ...], most: int) -> tuple[int, ...]:
@@ -130,7 +144,7 @@ def grid_of(text: str | None, default: tuple[int, ...], most: int) -> tuple[int,
     except ValueError:
         grid = (0,)
     if not 1 <= grid[0] <= grid[-1] <= most:
-        raise BadRequest(f"-k: '{printable(text)}' is no list of numbers from 1 to {most}, the network's filters, such as 1,5,20")
+        raise BadRequest(f"-k: '{printable(text)}' is no list of numbers from 1 to {most}, the filters that there are, such as 1,5,20")
     return grid
 
 
@@ -145,6 +159,6 @@ def found(summary: dict, at: int) -> str:
     drop = {s: interval(s, "wrong_confidence_change") for s in STRATEGIES}
     clear = share["salient"].low > share["random_live"].high and share["random_live"].low > share["least"].high
     return (
-        f"turning off the {summary['k'][at]} most salient filters corrects {share['salient'].text(3)} of {n:,} misclassified samples, random live ones {share['random_live'].text(3)}, the least salient {share['least'].text(3)}"
+        f"turning off the {summary['k'][at]} most salient filters{of_layers(summary)} corrects {share['salient'].text(3)} of {n:,} misclassified samples, random live ones {share['random_live'].text(3)}, the least salient {share['least'].text(3)}"
         f"{'' if clear else ' (these intervals are not all apart)'}; the wrong class's confidence changes by {drop['salient'].text(3, '+')}, {drop['random_live'].text(3, '+')} and {drop['least'].text(3, '+')}"
     )

@@ -52,7 +52,8 @@ def bootstrap_means(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLE
     for tail in ((1 - level) / 2, (1 + level) / 2):
         z = bias + ndtri(tail)
         share = ndtr(bias + z / (1 - acceleration * z))
-        bounds.append(mean + np.array([np.quantile(column, q) for column, q in zip(drawn.T, share)]))
+        bound = mean + np.array([np.quantile(column, q) for column, q in zip(drawn.T, share)])
+        bounds.append(np.clip(bound, values.min(0), values.max(0)))  # rounding would put the least of shares just below 0
     return mean, bounds[0], bounds[1]
 
 

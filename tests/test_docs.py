@@ -1,5 +1,5 @@
 """What the documents say of the command is what the command says of itself. `python tests/test_docs.py` writes docs/commands.md, and the tables of
-docs/models.md from what tests/model_table.py measured."""
+docs/models.md and docs/results.md from what was measured."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from unittest import mock
 
 import model_table
 import pytest
+import results_tables
 import tiny
 import torch
 import typer
@@ -135,3 +136,4 @@ def test_a_command_that_does_not_exist_is_found(tmp_path):
 if __name__ == "__main__":
     REFERENCE.write_text(reference(), encoding="utf-8")
     model_table.PAGE.write_text(model_table.page(), encoding="utf-8")
+    results_tables.PAGE.write_text(results_tables.page(), encoding="utf-8")

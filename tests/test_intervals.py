@@ -93,3 +93,13 @@ def test_no_sample_has_no_interval():
     for make in (lambda: bootstrap_mean(np.zeros(0)), lambda: bootstrap_difference(np.zeros(0), np.ones(3)), lambda: wilson(0, 0)):
         with pytest.raises(ValueError, match="at least one sample"):
             make()
+
+
+def test_an_interval_of_shares_does_not_leave_them():
+    """Rounding put the lower bound of a rare share at -1e-19, which is written as -0.000."""
+    for n in (354, 1680):
+        for ones in (1, 2, 3):
+            shares = np.zeros(n)
+            shares[:ones] = 0.1
+            mean, low, high = bootstrap_means(np.stack([shares, 1 - shares], 1))
+            assert (low >= 0).all() and (high <= 1).all() and (low <= mean).all() and (mean <= high).all()

@@ -80,6 +80,45 @@ def test_prune_turns_off_what_the_profiles_say(copied, mode):
     assert all((copied.run / f"experiments/prune/{name}{suffix}").stat().st_size > 1000 for name in ("wrong_confidence", "true_confidence", "corrected") for suffix in (".png", ".svg"))
 
 
+def test_prune_chooses_filters_of_the_layers_that_were_asked_for(copied):
+    """Also where it draws them. Their k is counted among these layers, and another choice of layers is another experiment."""
+    layout = Run.open(copied.run).manifest.layers
+    name, columns = list(layout.slices.items())[-1]
+    ended = tiny.call("prune", "--run", copied.run, "-k", "1,2", "--layers", name, "--format", "json")
+    assert ended.code == 0, ended.err
+    assert f"2 most salient filters of {name} corrects" in ended.err and summary_of(copied.run, "prune")["layers"] == name
+    rows, pictures, vectors = profiles(copied.run, "val"), images(copied, "val"), standardised(copied.run)
+    got = {(row["sample_id"], row["strategy"], row["k"]): row for row in rows_of(copied.run / "experiments/prune")}
+    inside = np.arange(columns.start, columns.stop)
+    for i in wrong(rows)[:4]:
+        before = naive.softmax(naive.alone(tiny.net().double(), pictures[i]))[rows[i]["label"]]
+        changes = {c: naive.softmax(naive.alone(naive.pruned(tiny.net(), [c], {}, "map"), pictures[i]))[rows[i]["label"]] - before for c in inside.tolist()}
+        assert got[i, "salient", 1]["true_confidence_change"] == pytest.approx(changes[int(inside[np.argmax(vectors[i][inside])])], abs=1e-4)
+        assert got[i, "least", 1]["true_confidence_change"] == pytest.approx(changes[int(inside[np.argmin(vectors[i][inside])])], abs=1e-4)
+        for strategy in ("random", "random_live"):
+            assert min(abs(got[i, strategy, 1]["true_confidence_change"] - change) for change in changes.values()) < 1e-4
+    assert f"layers {name}, not null" in tiny.call("prune", "--run", copied.run, "-k", "1,2").refused()
+    assert f"from 1 to {len(inside)}" in tiny.call("prune", "--run", copied.run, "-k", f"{len(inside) + 1}", "--layers", name, "--fresh").refused()
+
+
+def test_finetune_moves_filters_of_the_layers_that_were_asked_for(copied):
+    name, columns = list(Run.open(copied.run).manifest.layers.slices.items())[0]
+    ended = tiny.call("finetune", "--run", copied.run, "--from", "val", "--in", "v2", "-k", "2", "--layers", name, "--rates", "2", "--max-samples", 4)
+    assert ended.code == 0, ended.err
+    rows, pictures, vectors = profiles(copied.run, "val"), images(copied, "val"), standardised(copied.run)
+    inside, checked = np.arange(columns.start, columns.stop), 0
+    for row in rows_of(copied.run / "experiments/finetune"):
+        i = row["sample_id"]
+        if row["strategy"] in ("salient", "least"):
+            order = np.argsort(vectors[i][inside] * (-1 if row["strategy"] == "salient" else 1), kind="stable")
+            label = rows[i]["label"]
+            after = naive.alone(naive.stepped(tiny.net(), pictures[i], label, inside[order[:2]].tolist(), 2.0, "global"), pictures[i])
+            change = naive.softmax(after)[label] - naive.softmax(naive.alone(tiny.net().double(), pictures[i]))[label]
+            assert row["confidence_change"] == pytest.approx(change, abs=1e-4)
+            checked += 1
+    assert checked == 8
+
+
 def test_finetune_steps_are_tried_on_the_nearest_and_on_those_that_were_right(copied):
     """v2 has fewer correct samples than are drawn as controls, so that they are all of them."""
     ended = tiny.call("finetune", "--run", copied.run, "--from", "val", "--in", "v2", "-k", "2", "--rates", "0.5,2", "--max-samples", 5, "--format", "json")
@@ -105,6 +144,8 @@ def test_finetune_steps_are_tried_on_the_nearest_and_on_those_that_were_right(co
         checked += 1
     assert checked == 40
     effect = next(e for e in summary_of(copied.run, "finetune")["effects"] if (e["strategy"], e["rate"]) == ("all", 2.0))
+    own = [row["corrected"] for row in got if (row["strategy"], row["rate"]) == ("all", 2.0)]
+    assert effect["corrected"]["estimate"] == np.mean(own) and effect["corrected"]["low"] < effect["corrected"]["high"], "a share of samples has an interval even where all or none are corrected"
     assert effect["broken"]["estimate"] == pytest.approx(np.mean([row["broken"] for row in got if (row["strategy"], row["rate"]) == ("all", 2.0)]))
     assert all((copied.run / f"experiments/finetune/{name}{suffix}").stat().st_size > 1000 for name in ("neighbours", "broken", "frontier") for suffix in (".png", ".svg"))
 
@@ -121,6 +162,8 @@ def test_a_sample_is_neither_its_own_neighbour_nor_control_in_its_own_data_set(c
         (["prune", "-k", "1,25"], "from 1 to 24"),
         (["prune", "-k", "some"], "-k: 'some'"),
         (["prune", "--mode", "hard"], "--mode: 'hard'"),
+        (["prune", "--layers", "deep"], "--layers: this network has no layer 'deep'"),
+        (["finetune", "--from", "val", "--in", "v2", "--layers", "deep"], "--layers: this network has no layer 'deep'"),
         (["finetune", "--from", "val", "--in", "v3"], "--in: the index errors does not hold 'v3'"),
         (["finetune", "--from", "val", "--in", "v2", "--rates", "0"], "--rates: '0'"),
         (["finetune", "--from", "val", "--in", "v2", "--scope", "layer"], "--scope: 'layer'"),

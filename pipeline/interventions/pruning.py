@@ -83,15 +83,17 @@ class _Masks:
 
 def effects(
     pruner: Pruner, images: torch.Tensor, labels: np.ndarray, predictions: np.ndarray, standardised: np.ndarray, live: np.ndarray,
-    sample_ids: Sequence[str], ks: Sequence[int], strategies: Sequence[str] = STRATEGIES, seed: int = 0,
+    sample_ids: Sequence[str], ks: Sequence[int], strategies: Sequence[str] = STRATEGIES, seed: int = 0, among: slice = slice(None),
 ) -> pa.Table:  # fmt: skip
     """`EFFECTS`: a row for every sample, strategy and k, in that order.
 
     images: float32 [N, 3, H, W]; labels, predictions: int [N], of the whole network; standardised: ŝ float32 [N, F]; live: bool [F].
     Changes are of softmax probabilities in float64, after less before: wrong_ of the class `predictions`, true_ of `labels`. corrected:
-    the new prediction is the label. Where k is above what a strategy may choose from, all of that is turned off.
+    the new prediction is the label. among: the columns that may be chosen. Where k is above what a strategy may choose from, all of that is turned off.
     """
     settings = [(strategy, k) for strategy in strategies for k in ks]
+    asked = np.zeros(len(live), bool)
+    asked[among] = True
     pairs = len(settings) + 1  # the first of a sample has nothing turned off
     step = max(1, 16 * batch_size(images) // pairs)
     parts = []
@@ -99,7 +101,8 @@ def effects(
         chosen = range(start, min(start + step, len(images)))
         off = torch.zeros(len(chosen), pairs, pruner.layout.total, dtype=torch.bool)
         for i, n in enumerate(chosen):
-            rankings = {strategy: torch.from_numpy(ranking(strategy, standardised[n], live, seed, sample_ids[n])) for strategy in strategies}
+            orders = {strategy: ranking(strategy, standardised[n], live, seed, sample_ids[n]) for strategy in strategies}
+            rankings = {strategy: torch.from_numpy(order[asked[order]]) for strategy, order in orders.items()}
             for j, (strategy, k) in enumerate(settings, 1):
                 off[i, j, rankings[strategy][:k]] = True
         origin = torch.arange(start, chosen.stop).repeat_interleave(pairs)
