@@ -22,7 +22,6 @@ from jobs import begin, cluster
 from jobs.progress import say
 from pipeline import models
 from pipeline.errors import BadRequest, printable
-from pipeline.filters import FilterLayout
 from pipeline.saliency import make_engine, set_precision
 from pipeline.saliency.fused import objection
 from pipeline.saliency.loss import cross_entropy

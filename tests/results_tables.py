@@ -19,7 +19,7 @@ LEFT_OUT = ("examples", "result")  # of summary.json: lists of images, and what 
 SHOWN = {
     "resnet56-profile": ("saliency", "standardised", "depth"), "squeezenet1_1-profile": ("depth",), "resnet56-prune": ("corrected", "wrong_confidence"), "resnet56-prune-weights-and-bias": (),
     "squeezenet1_1-prune": ("corrected", "wrong_confidence"), "squeezenet1_1-prune-features": ("corrected",), "resnet56-neighbors": ("agreement", "errors", "neighbours", "colours", "ends"), "resnet56-v2-neighbors": (), "squeezenet1_1-neighbors": (),
-    "resnet56-v2-finetune": (), "resnet56-v2-frontier": ("neighbours", "broken", "frontier"), "squeezenet1_1-halves-finetune": (),
+    "squeezenet1_1-halves-finetune": (),
 }  # fmt: skip
 STRATEGIES = {"salient": "most salient", "random": "random", "random_live": "random, live alone", "least": "least salient, live alone", "all": "whole network", "conv": "all conv weights"}
 
@@ -205,23 +205,10 @@ def ends() -> str:
     return table(HEAD, rows)
 
 
-# ---- figure 6 and the frontier -------------------------------------------------------------------------------------
+# ---- figure 6 -------------------------------------------------------------------------------------
 
 EFFECTS = {"corrected": "the sample itself corrected", "neighbors_corrected": "its 10 nearest v2 errors corrected", "broken": "40 correct v2 samples broken"}
 TUNED = ("salient", "random_live", "least", "all", "conv")
-
-
-def tuned() -> str:
-    summary, reference = kept("resnet56-v2-finetune"), kept("reference")["two"]["finetune"]
-    rows = []
-    for strategy in TUNED:
-        found = effect(summary, strategy, 20 if strategy in TUNED[:3] else None, 0.5)
-        row = [STRATEGIES[strategy]]
-        for column in EFFECTS:
-            script, error = reference[column][strategy]
-            row += [cell(found[column]), f"{script:.3f}" + (f" ± {error:.3f}" if error else "")]
-        rows.append(row)
-    return table(["20 filters, rate 0.5", *(text for column in EFFECTS for text in (EFFECTS[column], "script"))], rows)
 
 
 def tuned_squeezenet() -> str:
@@ -230,49 +217,7 @@ def tuned_squeezenet() -> str:
     return table([f"strategy, filters (rate {summary['rates'][0]:g})", *EFFECTS.values()], rows)
 
 
-def frontier() -> str:
-    """Repaired / broken of every setting of the sweep."""
-    summary = kept("resnet56-v2-frontier")
-    rows = []
-    for strategy in TUNED:
-        for k in summary["k"] if strategy in TUNED[:3] else [None]:
-            found = [effect(summary, strategy, k, rate) for rate in summary["rates"]]
-            rows.append([STRATEGIES[strategy] + (f", {k}" if k else ""), *(f"{e['neighbors_corrected']['estimate']:.3f} / {e['broken']['estimate']:.3f}" for e in found)])
-    return table(["strategy, filters", *(f"rate {rate:g}" for rate in summary["rates"])], rows)
-
-
-BUDGETS = (0.02, 0.05, 0.1, 0.2)
-
-
-def bargains() -> str:
-    """Of every strategy the setting that repairs most among those that break no more than so much."""
-    summary = kept("resnet56-v2-frontier")
-    rows = []
-    for budget in BUDGETS:
-        row = [f"{budget:.2f}"]
-        for strategy in TUNED:
-            within = [e for e in summary["effects"] if e["strategy"] == strategy and e["broken"]["estimate"] <= budget]
-            best = max(within, key=lambda e: e["neighbors_corrected"]["estimate"], default=None)
-            setting = "" if best is None else (f"{best['k']} filters, " if strategy in TUNED[:3] and best["k"] > 1 else "1 filter, " if strategy in TUNED[:3] else "") + f"rate {best['rate']:g}"
-            row.append(f"{cell(best['neighbors_corrected'])}<br>{setting}" if best else "no setting")
-        rows.append(row)
-    return table(["broken at most", *(STRATEGIES[s] for s in TUNED)], rows)
-
-
-# ---- speed ---------------------------------------------------------------------------------------------------------
-
-
-def speed() -> str:
-    measured = kept("bench")
-    rows = []
-    for verb, unit in (("pruning", "prunings"), ("finetuning", "updates")):
-        for setting, found in measured[verb].items():
-            ratios = [f"{found[f'ratio_to_{kind}_copy']['wall']:.1f}, {found[f'ratio_to_{kind}_copy']['cpu']:.1f}" for kind in ("float32", "float64")]
-            rows.append([f"{verb}: {setting}", f"{found['per_minute']['fast']:,} {unit}", f"{found['per_minute']['float32']:,}", *ratios])
-    return table(["", "a minute", "naive copy, float32, a minute", "ratio to it: clock, processor time", "ratio to a float64 copy"], rows)
-
-
-TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pruned_features, pairs, ends, tuned, tuned_squeezenet, frontier, bargains, speed)}
+TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pruned_features, pairs, ends, tuned_squeezenet)}
 
 
 # ---- what the scripts say beside it --------------------------------------------------------------------------------
@@ -280,7 +225,7 @@ TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned,
 
 def comparisons() -> dict[str, tuple[dict, float, float]]:
     """What was measured twice: (our interval, the scripts' figure, by how much that figure itself is uncertain, at 95%)."""
-    profile, prune, one, two, tune = (kept(f"resnet56-{name}") for name in ("profile", "prune", "neighbors", "v2-neighbors", "v2-finetune"))
+    profile, prune, one, two = (kept(f"resnet56-{name}") for name in ("profile", "prune", "neighbors", "v2-neighbors"))
     reference = kept("reference")
     found = {f"saliency of {group}": (profile["groups"][group]["saliency"], value, 0.005) for group, value in reference["one"]["saliency"].items()}
     found |= {f"pairs, {setting}": (at(one["pair_shares"][setting]["either"], 9), value, 0.0006) for setting, value in reference["one"]["pairs"].items()}
@@ -297,11 +242,6 @@ def comparisons() -> dict[str, tuple[dict, float, float]]:
     for column, values in script["at_20"].items():
         for strategy, value in values.items():
             found[f"{strategy}, {column.replace('_', ' ')}"] = (at(prune["curves"][strategy][column], prune["k"].index(20)), value, 0.015 if strategy == "random" else 0.0006)
-    script = reference["two"]["finetune"]
-    for column in EFFECTS:
-        for strategy, (value, error) in script[column].items():
-            own = effect(tune, strategy, 20 if strategy in TUNED[:3] else None, 0.5)[column]
-            found[f"step, {strategy}, {column.replace('_', ' ')}"] = (own, value, 1.96 * (error or (value * (1 - value) / script["samples"]) ** 0.5))
     return found
 
 
