@@ -60,7 +60,7 @@ def look(source: Source, shards: Iterable[Shard], wanted: int, preprocessing: Pr
             if sample.reason:
                 seen.reasons.append(sample.reason)
             else:
-                seen.samples.append(replace(sample, label=raw.label))
+                seen.samples.append(replace(sample, label=raw.label if abs(raw.label) < 2**31 else -1))  # no network has such a class either way
                 seen.folders.append(raw.folder)
     return seen
 
