@@ -61,7 +61,7 @@ def trial_images(seen: Look, classifier: Classifier) -> torch.Tensor:
 
     if not seen.samples:
         why = f" ({printable(seen.reasons[0])})" if seen.reasons else ""
-        raise BadRequest(f"--source: none of the {len(seen.reasons)} images that were tried can be decoded{why}; are these images?")
+        raise BadRequest(f"--source: none of the {len(seen.reasons)} samples that were tried can be used{why}; is this a labelled data set of images?")
     alike = [s.pixels for s in seen.samples if s.pixels.shape == seen.samples[0].pixels.shape][:TRIAL]
     return classifier.preprocessing.normalise(torch.from_numpy(np.stack(alike)))
 

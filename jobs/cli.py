@@ -23,6 +23,8 @@ from pipeline.errors import BadRequest, Fault, Stopped, printable
 app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Which filters made an image classifier err, and which other images fail for the same reason.")
 statistics_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Statistics (mu and sigma of every filter) that runs are standardised by.")
 app.add_typer(statistics_app, name="statistics")
+bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Timings, as ratios in one run.")
+app.add_typer(bench_app, name="bench")
 
 
 @app.command()
@@ -226,6 +228,25 @@ def neighbors(
         summary = whole(opened, source, within, name, split, request)
         output.record(agreement.__dict__ | summary["result"], format)
         say(summary["found"])
+
+
+@bench_app.command("engine")
+def bench_engine(
+    networks: Annotated[Optional[str], typer.Option("--models", help="Names of networks, separated by commas. Default: resnet50,vgg19,densenet121,mobilenet_v2,resnet56.")] = None,
+    engines: Annotated[Optional[str], typer.Option(help="Of step, step-folded, fused, vmap and loop. Default: all.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: that of a run.")] = None,
+    device: Device = None,
+    precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "fp32",
+    rounds: Annotated[int, typer.Option(help="Turns that each takes; medians are compared.")] = 5,
+    format: Record = "table",
+) -> None:
+    """What filter saliency costs beside one plain training step of the same network."""
+    from jobs import bench, output
+
+    output.check_format(format, ("table", "json"))
+    words = lambda text, default: [w.strip() for w in text.split(",") if w.strip()] if text else list(default)  # noqa: E731
+    rows = bench.bench_engine(words(networks, bench.MODELS), batch_size, device, precision, rounds, words(engines, bench.CONTENDERS))
+    output.timings(list(bench.records(rows)), format)
 
 
 for verb in evidence.VERBS:

@@ -95,6 +95,15 @@ def _size(count: float) -> str:
     return f"{count / size:.3g} {unit}"
 
 
+def timings(rows: list[dict], format: str) -> None:
+    """Rows of `bench`."""
+    if format == "json":
+        _json(rows)
+        return
+    shown = [[r["model"], r["engine"], str(r["batch_size"]), f"{r['images_per_s']:,.1f}", f"{r['ratio_to_step']:.2f}", "" if r["peak_bytes"] is None else _size(r["peak_bytes"]), "" if r["relative_error"] is None else f"{r['relative_error']:.1e}"] for r in rows]
+    table(["network", "engine", "batch", "images/s", "ratio to the step", "memory", "error"], shown)
+
+
 def table(head: list[str] | None, rows: list[list]) -> None:
     """A plain table, as wide as its content where stdout is no terminal."""
     from rich.console import Console

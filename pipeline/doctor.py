@@ -60,7 +60,7 @@ def look(source: Source, shards: Iterable[Shard], wanted: int, preprocessing: Pr
             if sample.reason:
                 seen.reasons.append(sample.reason)
             else:
-                seen.samples.append(replace(sample, label=raw.label))
+                seen.samples.append(replace(sample, label=raw.label if abs(raw.label) < 2**31 else -1))  # no network has such a class either way
                 seen.folders.append(raw.folder)
     return seen
 
@@ -230,7 +230,8 @@ def _judge(found: Diagnosis, right: np.ndarray, logits: torch.Tensor, classes: i
         counts = np.bincount(logits.argmax(1).numpy(), minlength=classes)
         same = f"it gives class {counts.argmax()} to {counts.max()} of them: are these its weights?"
         sure = f"with a mean confidence of {found.confidence:.2f}: the labels, or the images, are not those of its training, and no usual mistake explains it"
-        text = f"the network is right on {found.correct} of {n} images, no more often than chance (1 of {classes} classes); {same if 2 * counts.max() > n else sure}"
+        unsure = f"it is sure of nothing (mean confidence {found.confidence:.3f}): are these its weights?"
+        text = f"the network is right on {found.correct} of {n} images, no more often than chance (1 of {classes} classes); {same if 2 * counts.max() > n else unsure if found.confidence < 2 / classes else sure}"
         knows = found.promised is not None and 2 * counts.max() <= n  # an untrained network on purpose is not refused
         (found.faults if knows else found.doubts).append(text)
     elif not found.mistake and found.promised is not None and found.high < found.promised:

@@ -149,9 +149,11 @@ def test_labels_that_nothing_explains_are_no_better_than_chance(tmp_path):
 def test_labels_of_another_label_set_and_images_that_are_none(tmp_path):
     many = check(write(tmp_path / "many", lambda label: label + 5000))
     assert many.code == 2 and "outside the network's classes 0..999" in many.err
+    huge = check(write(tmp_path / "huge", lambda label: 10**25 if label == 3 else label))
+    assert huge.code == 0 and any("outside the network's classes" in line for line in huge.json["warnings"])
     few = check(write(tmp_path / "few", image=lambda label: colour(label) if label % 20 == 3 else b""))
     assert few.code == 0 and few.json["top1"] == 1.0 and "50 of 100 samples would be set aside, 50 of them because: the image is empty (0 bytes)" in few.json["warnings"]
-    assert "can be decoded (the image is empty (0 bytes))" in check(write(tmp_path / "none", image=lambda label: b"")).refused()
+    assert "can be used (the image is empty (0 bytes))" in check(write(tmp_path / "none", image=lambda label: b"")).refused()
 
 
 def test_a_network_of_one_convolution_is_told_what_its_profile_is(tmp_path):
@@ -174,7 +176,7 @@ def test_names_of_the_training_set_are_noticed(tmp_path):
 
 def test_a_long_count_is_estimated_and_called_so(tmp_path, monkeypatch):
     for i in range(12):
-        write(tmp_path / f"{i}", labels=LABELS[:40])
+        write(tmp_path / f"{i}", labels=LABELS[:40], name=lambda label, i=i: f"{i}_{label}")
     monkeypatch.setattr("jobs.check.COUNTING", -1.0)
     report = check(str(tmp_path / "*/*.tar")).json
     assert report["shards"] == 24 and not report["samples_exact"] and 400 < report["samples"] < 600

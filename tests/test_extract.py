@@ -255,7 +255,7 @@ def test_bad_samples_are_set_aside_with_their_reasons(dirty):
 def test_nothing_but_bad_samples_is_refused(tmp_path):
     shards.write_tar(tmp_path / "a.tar", [("a.jpg", b"no image"), ("a.cls", b"1")])
     message = tiny.call("extract", "--run", tmp_path / "run", "--dataset", "val", "--source", tmp_path / "a.tar", "--model", tiny.MODEL).refused()
-    assert "none of the 1 images that were tried can be decoded" in message and not (tmp_path / "run").exists()
+    assert "none of the 1 samples that were tried can be used" in message and not (tmp_path / "run").exists()
 
 
 # ---- requests that are wrong ---------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ While the network runs, each `conv2d` whose weight *is* one of the network's 4-D
 backward turns the layer's input and output gradient into filter saliency for every sample and never keeps more than a slice of
 per-sample weight gradients. Memory is that of an ordinary training step.
 
+A BatchNorm that alone follows a convolution is folded into it (`folding.py`), which spares its passes over memory; a network that then
+does something else with the convolution's output than it did at first is refused, never answered wrongly.
+
 Two per-sample products are used, both exact, chosen by shape alone (so that bits do not depend on the machine's load):
 one grouped convolution with a group for every sample where weights are few, and im2col with one matrix product a sample
 where they are many.
@@ -19,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.filters import FilterLayout
 from pipeline.saliency import Saliency
+from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Fold, Norm, folds, leaves, looks_only
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
 from pipeline.saliency.vmap import reduce_filters
@@ -26,9 +30,6 @@ from pipeline.saliency.vmap import reduce_filters
 SLICE_NUMBERS = 2**24  # per-sample gradient numbers held at once: 64 MiB in float32
 FEW_WEIGHTS = 2**16  # up to here a grouped convolution beats im2col on a CPU
 TOLERANCE = 1e-3  # relative, between one image's s̄ here and by autograd; float32 with a ReLU at its kink stays far below
-CONVOLUTIONS = (torch.conv2d, F.conv2d)
-LOOKS = ("dim", "size", "numel", "requires_grad_", "is_floating_point", "is_complex")  # functions that only ask about a weight
-VIEWS = ("T", "H", "mT", "mH", "real")  # properties through which its values pass
 
 
 class FusedEngine:
@@ -38,12 +39,19 @@ class FusedEngine:
         self.network, self.aggregation, self.filters = network, aggregation, layout.total
         self.names = [name for name, _ in layout.layers]
         self.weights = [p for p in network.parameters() if p.dim() == 4]
+        self.folds: dict[int, Fold] | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
-        """Raises RuntimeError if a weight is used in a way that this engine does not see (never returns a partial answer)."""
-        sink = _Sink(self.names, self.weights, len(images), self.aggregation, images.device)
+        """Raises RuntimeError if a weight is used in a way that this engine does not see (never returns a partial answer).
+
+        BatchNorms are folded at the first call; weights must not change after it.
+        """
+        if self.folds is None and len(images):
+            self.folds = folds(self.network, self.weights, images[:1])
+        sink = _Sink(self.names, self.weights, self.folds or {}, len(images), self.aggregation, images.device)
         with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
             logits = self.network(images.detach()).float()
+            sink.close()
             sink.refuse()
             if len(images) and logits.requires_grad:
                 cross_entropy(logits, labels).sum().backward()
@@ -58,27 +66,41 @@ class _Sink(TorchFunctionMode):
     not depend on it); strange: uses of a 4-D weight that are not one plain convolution.
     """
 
-    def __init__(self, names: list[str], weights: list[torch.nn.Parameter], batch: int, aggregation: str, device: torch.device):
+    def __init__(self, names: list[str], weights: list[torch.nn.Parameter], folds: dict[int, Fold], batch: int, aggregation: str, device: torch.device):
         super().__init__()
         self.names, self.layer = names, {id(w): i for i, w in enumerate(weights)}
+        self.folds = folds
+        self.awaited: dict[int, tuple[int, torch.Tensor]] = {}  # id of a folded convolution's output -> (layer, it), until its BatchNorm comes
         self.parts = [torch.zeros(batch, w.shape[0], device=device) for w in weights]
         self.batch, self.aggregation, self.calls, self.strange = batch, aggregation, {}, []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS:
+            self._meet((args, kwargs))
             return self._convolve(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            name = getattr(func.__self__, "__name__", "")  # the property that is read
-            looks = name not in VIEWS
-        else:
-            looks = name in LOOKS
-        if not looks:
-            for value in _leaves((args, kwargs)):
-                if id(value) in self.layer:
-                    self.strange.append(f"the weight of {self.names[self.layer[id(value)]]} goes through {name}")
+        if func in NORMS and self.awaited:
+            norm = Norm.of(func, args, kwargs)
+            layer, output = self.awaited.get(id(norm.input), (None, None))
+            if layer is not None and norm.mean is self.folds[layer].mean and not norm.training:
+                del self.awaited[id(norm.input)]
+                return output
+        if not looks_only(func):
+            self._meet((args, kwargs), func)
         return func(*args, **kwargs)
+
+    def _meet(self, values: object, func=None) -> None:
+        """Note uses of a 4-D weight in a function that is no convolution, and of a folded convolution's output in one that is not its BatchNorm."""
+        name = getattr(getattr(func, "__self__", func) if getattr(func, "__name__", "") == "__get__" else func, "__name__", "conv2d")
+        for value in leaves(values):
+            if func is not None and id(value) in self.layer:
+                self.strange.append(f"the weight of {self.names[self.layer[id(value)]]} goes through {name}")
+            if id(value) in self.awaited:
+                self.strange.append(f"the convolution {self.names[self.awaited[id(value)][0]]} goes through {name} before its BatchNorm, as it did not at first")
+
+    def close(self) -> None:
+        """The network has given its answer: every folded convolution must have met its BatchNorm."""
+        self.strange += [f"the convolution {self.names[layer]} is not followed by its BatchNorm, as it was at first" for layer, _ in self.awaited.values()]
 
     def refuse(self) -> None:
         """Raises RuntimeError if a 4-D weight was used in another way than in one plain convolution."""
@@ -97,8 +119,14 @@ class _Sink(TorchFunctionMode):
         stride, dilation = _pair(stride), _pair(dilation)
         if isinstance(padding, str):
             input, padding = _pad_same(input, weight, dilation) if padding == "same" else input, (0, 0)
+        fold = self.folds.get(layer)
+        if fold:
+            weight, bias = fold.weight, fold.bias
         frozen = weight.detach().requires_grad_(True)  # makes the output part of the graph; its own gradient is never asked for
-        return _Convolution.apply(input, frozen, bias, stride, _pair(padding), dilation, groups, self, layer)
+        output = _Convolution.apply(input, frozen, bias, stride, _pair(padding), dilation, groups, self, layer)
+        if fold:
+            self.awaited[id(output)] = layer, output
+        return output
 
 
 class _Convolution(torch.autograd.Function):
@@ -117,7 +145,9 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, gradient):
         input, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        ctx.sink.parts[ctx.layer] += filter_saliency(input.to(gradient.dtype), gradient, weight.shape, stride, padding, dilation, groups, ctx.sink.aggregation)
+        found = filter_saliency(input.to(gradient.dtype), gradient, weight.shape, stride, padding, dilation, groups, ctx.sink.aggregation)
+        fold = ctx.sink.folds.get(ctx.layer)
+        ctx.sink.parts[ctx.layer] += found * fold.scale if fold else found
         below = None
         if ctx.needs_input_grad[0]:
             same = (t.to(gradient.dtype) for t in (input, weight))
@@ -204,16 +234,6 @@ def _frozen(network: torch.nn.Module):
     finally:
         for parameter, flag in asked:
             parameter.requires_grad_(flag)
-
-
-def _leaves(value):
-    if isinstance(value, (tuple, list)):
-        for v in value:
-            yield from _leaves(v)
-    elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
-    else:
-        yield value
 
 
 def _pair(value) -> tuple[int, int]:

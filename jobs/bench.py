@@ -1,0 +1,191 @@
+"""`faultline bench engine`: what filter saliency costs beside one plain training step of the same network, batch, device and precision.
+
+Every contender takes its turn in every round of one process, so that whatever else the machine does meets them all; medians are compared.
+The floor, `step`, is one batched forward and backward with the gradients of all parameters; `step-folded` is the same on the network with its
+BatchNorms folded into its convolutions, an advantage that no training step has. `loop` is one image at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from jobs import begin, cluster
+from jobs.progress import say
+from pipeline import models
+from pipeline.errors import BadRequest, printable
+from pipeline.saliency import make_engine, set_precision
+from pipeline.saliency.fused import objection
+from pipeline.saliency.loss import cross_entropy
+from pipeline.saliency.vmap import reduce_filters
+
+MODELS = ("resnet50", "vgg19", "densenet121", "mobilenet_v2", "resnet56")
+SIZES = {"inception_v3": 299}  # pixels; CIFAR's networks have 32, all others 224
+CONTENDERS = ("step", "step-folded", "fused", "vmap", "loop")
+WITNESSES = 2  # images that the error is measured on
+
+Contender = Callable[[torch.Tensor, torch.Tensor], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one network. ratio_to_step: its median time to the step's; peak_bytes: of memory above what was held before, of one batch,
+    None where it cannot be told; relative_error: the largest over a few images of s̄ against float64, None where there is no s̄."""
+
+    model: str
+    engine: str
+    device: str
+    precision: str
+    batch_size: int
+    images_per_s: float
+    ratio_to_step: float
+    peak_bytes: int | None
+    relative_error: float | None
+
+
+def bench_engine(names: list[str], batch_size: int | None, device: str | None, precision: str, rounds: int, contenders: list[str]) -> list[Row]:
+    """Rows of every network in turn. Raises BadRequest for what cannot be measured here."""
+    device = cluster.device_for(device, "local")
+    if precision not in ("fp32", "tf32", "bf16"):
+        raise BadRequest(f"--precision: '{printable(precision)}' is not one of fp32, tf32, bf16")
+    if precision == "tf32" and device == "cpu":
+        raise BadRequest("--precision: tf32 exists on CUDA GPUs alone; use fp32")
+    for value, option in ((batch_size, "--batch-size"), (rounds, "--rounds")):
+        if value is not None and value < 1:
+            raise BadRequest(f"{option}: {value} is less than 1")
+    strange = [c for c in contenders if c not in CONTENDERS]
+    if strange:
+        raise BadRequest(f"--engines: '{printable(strange[0])}' is not one of {', '.join(CONTENDERS)}")
+    networks = {name: models.build(name) for name in names}  # a mistyped name is told before anything is measured
+    torch.set_num_threads(cluster.threads_of_an_engine())
+    set_precision(precision)
+    return [row for name in names for row in _network(name, networks.pop(name), batch_size, device, precision, rounds, contenders)]
+
+
+def _network(name: str, network: torch.nn.Module, batch_size: int | None, device: str, precision: str, rounds: int, contenders: list[str]) -> list[Row]:
+    images, labels, network = _subject(name, network, batch_size, device)
+    chosen = {c: _contender(c, network, images) for c in dict.fromkeys(["step", *contenders]) if c not in ("fused", "vmap")}
+    for engine in ("fused", "vmap"):
+        reason = objection(network, images[:3]) if engine == "fused" and engine in contenders else None
+        if reason:
+            say(f"{name}: no fused engine ({reason})")
+        elif engine in contenders:
+            chosen[engine] = make_engine(engine, network, "abs")
+    autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    seconds: dict[str, list[float]] = {c: [] for c in chosen}
+    peaks: dict[str, int | None] = {}
+    with autocast:
+        for c, run in chosen.items():  # warm, and measured for memory
+            run(images, labels)
+            peaks[c] = _peak(lambda run=run: run(images, labels), device)
+        for turn in range(rounds):
+            order = list(chosen)
+            for c in order[turn % len(order) :] + order[: turn % len(order)]:
+                start = _now(device)
+                chosen[c](images, labels)
+                seconds[c].append(_now(device) - start)
+            say(f"{name}: round {turn + 1} of {rounds}, " + ", ".join(f"{c} {len(images) / seconds[c][-1]:,.1f}/s" for c in order))
+        found = {c: chosen[c](images, labels).saliency[:WITNESSES] for c in chosen if c in ("fused", "vmap")}
+    errors = _errors(network, images[:WITNESSES], labels[:WITNESSES], found)
+    middle = {c: statistics.median(times) for c, times in seconds.items()}
+    return [Row(name, c, device, precision, len(images), len(images) / middle[c], middle[c] / middle["step"], peaks[c], errors.get(c)) for c in chosen]
+
+
+def _subject(name: str, network: torch.nn.Module, batch_size: int | None, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module]:
+    """(images, labels, network in eval mode): seeded noise, and the network's own initialisation with BatchNorm statistics of that noise."""
+    torch.manual_seed(0)
+    side = 32 if "cifar" in name or name in models.cifar.NETWORKS else SIZES.get(name, 224)
+    size = batch_size or begin.default_batch(device, side * side)
+    images = torch.randn(size, 3, side, side)
+    network.train()
+    with torch.no_grad():
+        network(images[: max(2, min(size, 8))])
+    network = network.eval().requires_grad_(False).to(device)
+    images = images.to(device)
+    with torch.no_grad():
+        classes = network(images[:1]).shape[1]
+    return images, torch.randint(classes, (size,), device=device), network
+
+
+def _contender(name: str, network: torch.nn.Module, images: torch.Tensor) -> Contender:
+    """One of those that are no engine of ours. Each has a copy of the network whose parameters ask for gradients."""
+    own = copy.deepcopy(network)
+    if name == "step-folded":
+        own = folded(own)
+    own.requires_grad_(True)
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        own.zero_grad(set_to_none=True)
+        cross_entropy(own(images).float(), labels).sum().backward()
+
+    def loop(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for image, label in zip(images, labels):
+            step(image[None], label[None])
+            rows.append(torch.cat([reduce_filters(p.grad[None], "abs")[0] if p.grad is not None else p.new_zeros(p.shape[0]) for p in own.parameters() if p.dim() == 4]))
+        return torch.stack(rows)
+
+    return loop if name == "loop" else step
+
+
+def folded(network: torch.nn.Module) -> torch.nn.Module:
+    """The same function in eval mode, its BatchNorms folded into the convolutions before them where torch.fx can follow it; otherwise as it is."""
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        return fuse(network)
+    except Exception:  # fx refuses control flow in many ways
+        return network
+
+
+def _errors(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, found: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The largest |s̄ - truth| / |truth| of each engine, truth being one image at a time in float64."""
+    if not found:
+        return {}
+    exact = copy.deepcopy(network).double()
+    truth = _contender("loop", exact, images)(images.double(), labels)
+    return {c: float(((s.double() - truth).norm(dim=1) / truth.norm(dim=1)).max()) for c, s in found.items()}
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak(run: Callable[[], object], device: str) -> int | None:
+    """Bytes that `run` holds at its highest, above what is held before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that what is taken is seen
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+        before = _status("VmRSS")
+        run()
+        return max(0, _status("VmHWM") - before)
+    return None
+
+
+def _status(key: str) -> int:
+    """Bytes, from /proc/self/status. Raises OSError where there is none."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(key)
+
+
+def records(rows: list[Row]) -> Iterator[dict]:
+    """As `--format json` gives them."""
+    return map(asdict, rows)
