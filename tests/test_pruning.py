@@ -22,6 +22,7 @@ from pipeline.interventions.pruning import MODES, Pruner, effects
 REFUSED = {
     "transposed-convolution": "the filters of 0.1 cannot be turned off: its weight goes through conv_transpose2d",
     "no-kernel": "the filters of 0.scale cannot be turned off: its weight goes through mul",
+    "weight-through-batchnorm": "the filters of 0.2 cannot be turned off: its weight goes through batch_norm together with another layer's",
     "patches": r"the filters of 0.stem cannot be turned off: its convolution sees \[8, 3, 5, 4\], not one map for each of 2 images",
     "batch-statistics": "an image's logits depend on which images share its batch",
 }
