@@ -122,4 +122,7 @@ MORE = [
     Animal("shuffled", Shuffled, joining=False),
     Animal("overwritten", Overwritten, joining=False),
 ]
-NORMS = {"batchnorm": {"0.0": "0.1", "0.3": "0.4"}, "in-place-relu": {"0.2": "0.3"}}  # of the zoo's
+NORMS = {
+    "batchnorm": {"0.0": "0.1", "0.3": "0.4"}, "in-place-relu": {"0.2": "0.3"},
+    "tokens": {"0.stem.0": "0.stem.1"}, "tokens-in-place": {"0.stem.0": "0.stem.1.0"}, "tokens-of-narrow-maps": {"0.stem.0": "0.stem.1"},
+}  # of the zoo's  # fmt: skip
