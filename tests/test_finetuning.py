@@ -21,7 +21,7 @@ from pipeline.interventions.transfer import Case, transfers
 
 EVERY = [a for a in zoo.ZOO + menagerie.MORE if a.id != "batch-statistics"]
 ANIMALS = [pytest.param(animal, id=animal.id) for animal in EVERY]
-IN_PLACE = {"standardised-weight", "transposed-weight", "parametrised", "transposed-convolution", "no-kernel", "patches"}  # the weight is no kernel, or its filters have no map
+IN_PLACE = {"weight-through-batchnorm", "standardised-weight", "transposed-weight", "parametrised", "transposed-convolution", "no-kernel", "patches"}  # the weight is no kernel, or its filters have no map
 
 
 @pytest.fixture(autouse=True, scope="module")
