@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:  # torch is loaded for new data sets alone
     from pipeline.doctor import Diagnosis, Look
     from pipeline.models import Classifier
 
-LOOK = 64  # samples that every new data set is judged by
+LOOK, AGAIN = 64, 256  # samples that every new data set is judged by, and where those puzzle
 TRIAL = 3  # images on which an engine is chosen
 
 
@@ -62,7 +64,8 @@ def trial_images(seen: Look, classifier: Classifier) -> torch.Tensor:
     if not seen.samples:
         why = f" ({printable(seen.reasons[0])})" if seen.reasons else ""
         raise BadRequest(f"--source: none of the {len(seen.reasons)} samples that were tried can be used{why}; is this a labelled data set of images?")
-    alike = [s.pixels for s in seen.samples if s.pixels.shape == seen.samples[0].pixels.shape][:TRIAL]
+    shape = Counter(s.pixels.shape for s in seen.samples).most_common(1)[0][0]
+    alike = [s.pixels for s in seen.samples if s.pixels.shape == shape][:TRIAL]
     return classifier.preprocessing.normalise(torch.from_numpy(np.stack(alike)))
 
 
@@ -73,9 +76,12 @@ def default_batch(device: str, pixels: int) -> int:
     return 8 if pixels > 96 * 96 else 32
 
 
-def admit(seen: Look, network: torch.nn.Module, manifest: Manifest, force: bool) -> None:
-    """Say what the doctor finds on a few samples. Raises BadRequest if a run would be garbage, unless it is forced."""
+def admit(seen: Look, again: Callable[[int], Look], network: torch.nn.Module, manifest: Manifest, force: bool) -> None:
+    """Say what the doctor finds on a few samples; `again` looks at more, where those puzzle. Raises BadRequest if a run would be garbage, unless it is forced."""
     found = examine(seen, network, manifest)
+    if found.puzzling:
+        say(f"check: top-1 is {found.top1:.3f} on {found.seen} images, which is little; looking at more")
+        found = examine(again(AGAIN), network, manifest)
     for line in [*found.doubts, *found.warnings, *filter(None, [coverage(network)[1]])]:
         say(f"check: {line}")
     if found.faults and not force:

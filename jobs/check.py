@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -94,8 +95,8 @@ def check(spec: str, model: str, weights: str | None = None, preprocess: str | N
     manifest = begin.describe(seen, classifier, model, "auto", None, "abs", None, device)
     say(f"classifying {len(seen.samples)} images")
     found = begin.examine(seen, classifier.network, manifest, order)
-    warnings = [*source.advice(names), *filter(None, [coverage(classifier.network)[1]]), *found.warnings]
-    rate, row_bytes = cost(seen, classifier.network, manifest, device, decoding)
+    rate, row_bytes, lost = cost(seen, classifier.network, manifest, device, decoding)
+    warnings = [*source.advice(names), *filter(None, [coverage(classifier.network)[1], lost]), *found.warnings]
     labels = [s.label for s in seen.samples]
     return Report(
         source.kind, len(names), counted.samples, counted.exact, (min(labels), max(labels)), len(set(labels)), manifest.classes, _order(found), manifest.layers.total, len(manifest.layers.layers),
@@ -110,15 +111,15 @@ def count(source: Source, names: list[str], seconds: float) -> Counted:
     order = sorted(range(len(names)), key=lambda i: i * 0.6180339887 % 1)  # any first part of it is spread over the whole
     done: dict[int, Shard] = {}
     ids = Ids(source)
+
+    def one(i: int) -> Shard | None:
+        return ids.census(names[i]) if i == order[0] or time.monotonic() < deadline else None
+
     with ThreadPoolExecutor(min(16, len(names))) as pool, ProgressBar("counting shards", len(names), unit="shards") as bar:
-        waiting = {pool.submit(ids.census, names[i]): i for i in order}
-        for future in as_completed(waiting):
-            if not future.cancelled():
-                done[waiting[future]] = future.result()
+        for i, shard in zip(order, pool.map(one, order)):
+            if shard:
+                done[i] = shard
                 bar.advance(1)
-            if time.monotonic() > deadline:
-                for other in waiting:
-                    other.cancel()
     ids.refuse_doubles()
     shards = [done[i] for i in sorted(done)]
     samples = sum(shard.samples for shard in shards)
@@ -131,20 +132,23 @@ def _bytes(root: str, names: Iterable[str]) -> int:
     return sum(os.path.getsize(os.path.join(root, name)) for name in names)
 
 
-def cost(seen: Look, network: torch.nn.Module, manifest: Manifest, device: str, decoding: float) -> tuple[float, float]:
-    """(images a second of a whole run on this machine, bytes of a profile), both measured on the samples of a look; `decoding`: seconds an image on one CPU."""
+def cost(seen: Look, network: torch.nn.Module, manifest: Manifest, device: str, decoding: float) -> tuple[float, float, str | None]:
+    """(images a second of a whole run on this machine, bytes of a profile, what was set aside), measured on the samples of a look; `decoding`: seconds an image on one CPU."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from pipeline.profiler import Profiler
 
     profiler = Profiler(manifest, network, device)
-    samples = [s for s in seen.samples if 0 <= s.label < manifest.classes and s.pixels.shape == seen.samples[0].pixels.shape] or [replace(s, label=0) for s in seen.samples[:1]]
+    shape = Counter(s.pixels.shape for s in seen.samples).most_common(1)[0][0]
+    alike = [s for s in seen.samples if s.pixels.shape == shape]
+    samples = [s for s in alike if 0 <= s.label < manifest.classes] or [replace(alike[0], label=0)]
     batches = [samples[i : i + manifest.batch_size] for i in range(0, len(samples), manifest.batch_size)]
     profiler.profile(batches[0], "", 0)  # the first is slower
-    written, images, start = 0, 0, time.monotonic()
+    written, images, aside, start = 0, 0, [], time.monotonic()
     for batch in batches:
-        table, _ = profiler.profile(batch, "", 0)
+        table, rejects = profiler.profile(batch, "", 0)
+        aside += rejects["reason"].to_pylist()
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         written, images = written + sink.tell(), images + len(batch)
@@ -154,7 +158,8 @@ def cost(seen: Look, network: torch.nn.Module, manifest: Manifest, device: str, 
     cpus = cluster.cpus_here()
     engines = cluster.engines_here(device, manifest.threads)
     seconds = max(engine / engines, decoding / cpus) if device == "cuda" else engine / engines + decoding / cpus
-    return 1 / seconds, written / images
+    lost = f"{len(aside)} of {images} samples that were profiled would be set aside: {printable(aside[0])}" if aside else None
+    return 1 / seconds, written / images, lost
 
 
 def _order(found: Diagnosis) -> str:

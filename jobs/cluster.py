@@ -123,6 +123,8 @@ def _start(address: str | None):
                     ray.init(address="local", include_dashboard=False, **quiet)
         except Exception as fault:
             reason = str(fault).strip().splitlines()
+            if not joins(address):
+                raise Stopped(f"Ray did not start on this machine ({printable(reason[0])[:160] if reason else type(fault).__name__}): it may be too busy, or short of memory\nthe same command goes on") from None
             raise BadRequest(f"--address: no Ray cluster can be joined at {printable(address or os.environ.get('RAY_ADDRESS', 'local'))} ({printable(reason[0])[:160] if reason else type(fault).__name__}); start one with ray start --head, or use --address local") from None
     return ray
 

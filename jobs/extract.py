@@ -119,14 +119,15 @@ def admitted(store: Store, settings: Settings, source: Source, census: Census, m
     from pipeline import models
     from pipeline.doctor import look
 
-    seen = look(source, census.asked, begin.LOOK, manifest.preprocessing if manifest else classifier.preprocessing)
+    again = partial(look, source, census.asked, preprocessing=manifest.preprocessing if manifest else classifier.preprocessing)
+    seen = again(begin.LOOK)
     if manifest:
         models.reach(manifest.import_root)
-        begin.admit(seen, models.restore(manifest.model, store.run / "weights.safetensors"), manifest, settings.force)
+        begin.admit(seen, again, models.restore(manifest.model, store.run / "weights.safetensors"), manifest, settings.force)
         return manifest
     device = cluster.device_for(settings.device, settings.address)
     new = begin.describe(seen, classifier, settings.model, settings.engine, settings.precision, settings.aggregation, settings.batch_size, device)
-    begin.admit(seen, classifier.network, new, settings.force)
+    begin.admit(seen, again, classifier.network, new, settings.force)
     begin.write(store, new, classifier.network)
     return new
 

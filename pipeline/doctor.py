@@ -22,6 +22,8 @@ from pipeline.wnids import IDS, LABEL, wnid_in
 
 SURE = 1e-3  # p under which a mistake is believed to be there: about ten things are tried
 GAIN = 0.03  # and what undoing it must gain in top-1 at least
+PLAUSIBLE = 0.75  # and of the promise, or of the network's own mean confidence where nobody promises, what top-1 must then come up to
+KINDS = 5  # and labels that must have been seen, or all: an error that leans to one class is no mistake of the source
 CHANCE = 0.01  # p above which a network is no better than chance
 FEW = 24  # samples below which nothing is said about top-1
 HOLDOUT = "the method needs images held out from training, where errors mean something"
@@ -100,6 +102,12 @@ class Diagnosis:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def puzzling(self) -> bool:
+        """Whether it goes worse than it should, and nothing explains it: more samples may."""
+        worse = self.promised is not None and self.high < self.promised
+        return self.mistake is None and self.seen >= FEW and bool(self.doubts or self.faults or worse)
+
+    @property
     def top1(self) -> float:
         return self.correct / self.seen if self.seen else 0.0
 
@@ -110,12 +118,13 @@ def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, 
     network: eval mode, on `device`; classes: C; promised: top-1 that the weights are known for, 0..1; devkit: ILSVRC2012_ID -> WordNet ID.
     Mistakes in the pixels, which cost a forward each, are looked for where top-1 is below the promise, or where there is none.
     """
-    labels, order = seen.labels, seen.order if classes == len(IDS) else np.full(len(seen.samples), -1)
-
     def logits(recipe: Preprocessing = preprocessing, reverse: bool = False) -> torch.Tensor:
         return _classify(network, recipe, [s.pixels for s in seen.samples], reverse, device, batch)
 
+    seen = _taken(network, preprocessing, seen, device)
     as_is = logits()
+    seen, as_is = _answered(seen, as_is)
+    labels, order = seen.labels, seen.order if classes == len(IDS) else np.full(len(seen.samples), -1)
     right = as_is.argmax(1).numpy() == labels
     bounds = wilson(int(right.sum()), len(right)) if len(right) else Interval(0.0, 0.0, 1.0, 0)
     inside = (labels >= 0) & (labels < classes)
@@ -129,9 +138,11 @@ def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, 
     if len(right) < FEW:
         found.warnings.append(f"only {len(right)} samples could be looked at: nothing is said about top-1")
         return found
-    found = _explained(found, right, ((m, as_is.argmax(1).numpy() == m.labels) for m in label_mistakes(labels, order, classes, devkit)))
-    if not found.mistake and (promised is None or bounds.high < promised):
-        found = _explained(found, right, ((m, logits(m.preprocessing, m.reverse).argmax(1).numpy() == labels) for m in pixel_mistakes(preprocessing)))
+    if len(set(labels.tolist())) >= min(KINDS, classes):
+        found = _explained(found, right, ((m, as_is.argmax(1).numpy() == m.labels, found.confidence) for m in label_mistakes(labels, order, classes, devkit)))
+        if not found.mistake and (promised is None or bounds.high < promised):
+            answers = ((m, logits(m.preprocessing, m.reverse)) for m in pixel_mistakes(preprocessing))
+            found = _explained(found, right, ((m, a.argmax(1).numpy() == labels, float(a.softmax(1).amax(1).mean())) for m, a in answers))
     _judge(found, right, as_is, classes)
     return found
 
@@ -191,6 +202,29 @@ def _classify(network: torch.nn.Module, preprocessing: Preprocessing, pixels: li
     return torch.stack([rows[i] for i in range(len(pixels))]) if rows else torch.zeros(0, 2)
 
 
+def _taken(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, device: str) -> Look:
+    """Without the samples of a shape that the network fails on; their reason says so, as it will when they are set aside."""
+    failing: dict[tuple[int, ...], str] = {}
+    for image in {s.pixels.shape: s.pixels for s in seen.samples}.values():
+        try:
+            _classify(network, preprocessing, [image], False, device, 1)
+        except Exception as fault:  # whatever a network raises
+            failing[image.shape] = f"the network fails on it: {printable((str(fault).splitlines() or [type(fault).__name__])[0])[:200]}"
+    keep = [i for i, s in enumerate(seen.samples) if s.pixels.shape not in failing]
+    return _kept(seen, keep, [failing[s.pixels.shape] for s in seen.samples if s.pixels.shape in failing])
+
+
+def _answered(seen: Look, logits: torch.Tensor) -> tuple[Look, torch.Tensor]:
+    """Without the samples to which the network's answer is not finite."""
+    finite = logits.isfinite().all(1)
+    keep = finite.nonzero().flatten().tolist()
+    return _kept(seen, keep, ["the network's output for it is not finite"] * (len(logits) - len(keep))), logits[finite]
+
+
+def _kept(seen: Look, keep: list[int], reasons: list[str]) -> Look:
+    return Look([seen.samples[i] for i in keep], [seen.folders[i] for i in keep], [*seen.reasons, *reasons])
+
+
 def _look_at_samples(found: Diagnosis, seen: Look, labels: np.ndarray, classes: int) -> None:
     """Faults and doubts that need no network."""
     every = len(labels) + len(seen.reasons)
@@ -208,15 +242,17 @@ def _look_at_samples(found: Diagnosis, seen: Look, labels: np.ndarray, classes: 
         found.warnings.append(f"the images are called as those of ImageNet's training set ({printable(seen.samples[0].sample_id)}): {HOLDOUT}")
 
 
-def _explained(found: Diagnosis, right: np.ndarray, mistakes: Iterable[tuple[Mistake, np.ndarray]]) -> Diagnosis:
-    """With the mistake whose undoing (right then, bool [N]) gains most, if it is beyond doubt: McNemar's exact test on the same images."""
+def _explained(found: Diagnosis, right: np.ndarray, mistakes: Iterable[tuple[Mistake, np.ndarray, float]]) -> Diagnosis:
+    """With the mistake whose undoing (right then, bool [N]; mean confidence then) gains most, if it is beyond doubt: McNemar's exact test on
+    the same images, and a top-1 such as the network then should have."""
     from scipy.stats import binomtest
 
-    mistake, then = max(mistakes, key=lambda pair: pair[1].sum(), default=(None, right))
-    won, lost = int((then & ~right).sum()), int((right & ~then).sum())
+    mistake, then, confidence = max(mistakes, key=lambda found: found[1].sum(), default=(None, right, 0.0))
+    won, lost, undone = int((then & ~right).sum()), int((right & ~then).sum()), float(then.mean())
     if mistake is None or won - lost < GAIN * len(right) or binomtest(won, won + lost, alternative="greater").pvalue > SURE:
         return found
-    undone = float(then.mean())
+    if undone < PLAUSIBLE * (confidence if found.promised is None else found.promised):
+        return found
     text = f"{mistake.text}: with that undone, top-1 on the same {len(right)} images is {undone:.3f}, not {right.mean():.3f}\n{mistake.remedy}"
     return replace(found, mistake=mistake, undone=undone, faults=[*found.faults, text])
 

@@ -143,7 +143,60 @@ def test_labels_that_nothing_explains_are_no_better_than_chance(tmp_path):
     ended = check(source)
     assert ended.code == 2 and ended.json["mistake"] is None and "no more often than chance" in ended.err and "not those of its training" in ended.err
     went_on = extract(source, tmp_path / "run")
-    assert went_on.code == 0 and "check: the network is right on 0 of 64 images" in went_on.err
+    assert went_on.code == 0 and "check: the network is right on 0 of 100 images" in went_on.err
+
+
+def looked(labels, given, noise=0.0):
+    """A look at colours of classes `labels` that the source calls `given`; noise moves each towards another class's colour."""
+    pixels = [np.full((6, 5, 3), tiny.palette(label), np.uint8) for label in labels]
+    return doctor.Look([Sample(f"x{i}", g, p) for i, (g, p) in enumerate(zip(given, pixels))], [""] * len(pixels), [])
+
+
+def diagnosed(look, promised=None, network=None):
+    return doctor.examine((network or tiny.colours()).eval(), tiny.Palette.preprocessing, look, CLASSES, promised)
+
+
+def test_errors_that_lean_to_one_class_are_no_mistake_of_the_source():
+    """The images of one class are all taken for its neighbour, or those of two: the labels are right, the network is not."""
+    one = diagnosed(looked([8] * 60, [7] * 60))
+    two = diagnosed(looked([8, 12] * 40, [7, 11] * 40))
+    assert one.mistake is None and two.mistake is None
+
+
+def test_what_helps_a_little_explains_nothing():
+    """Undone, a fifth would be right: far from what the network is sure of."""
+    rng = np.random.default_rng(0)
+    given = [label - 1 if i % 5 == 0 else int(rng.integers(CLASSES)) for i, label in enumerate(LABELS)]
+    found = diagnosed(looked(LABELS, given))
+    assert found.mistake is None and found.doubts and found.puzzling
+
+
+def test_a_shape_that_the_network_fails_on_is_set_aside_and_not_an_end(tmp_path):
+    source = write(tmp_path, image=lambda label: colour(label) if label % 20 == 3 else encoded_wide(label))
+    ended = check(source, model="tiny:narrow")
+    assert ended.code == 0 and ended.json["top1"] == 1.0 and any("50 of 100 samples would be set aside, 50 of them because: the network fails on it: too wide" in w for w in ended.json["warnings"])
+
+
+def encoded_wide(label):
+    return shards.encoded(Image.new("RGB", (9, 6), tuple(map(int, tiny.palette(label)))), "PNG")
+
+
+def test_the_wordnet_id_in_a_parquet_path_is_looked_at(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = [{"bytes": colour(label), "path": f"ILSVRC2012_val_{label:08d}_{wnids.IDS[label]}.JPEG"} for label in LABELS]
+    order = np.random.default_rng(0).permutation(CLASSES)
+    pq.write_table(pa.table({"image": images, "label": pa.array([int(order[label]) for label in LABELS])}), tmp_path / "val.parquet")
+    ended = check(tmp_path / "val.parquet")
+    assert ended.code == 2 and ended.json["mistake"] == "WordNet IDs" and ended.json["top1_undone"] == 1.0
+
+
+def test_where_few_samples_puzzle_extract_looks_at_more(tmp_path):
+    order = np.random.default_rng(0).permutation(CLASSES)
+    source = write(tmp_path / "source", lambda label: int(order[label]))
+    assert "looking at more" in extract(source, tmp_path / "run").err
+    assert "looking at more" not in extract(write(tmp_path / "right"), tmp_path / "other").err
 
 
 def test_labels_of_another_label_set_and_images_that_are_none(tmp_path):

@@ -194,6 +194,19 @@ class Palette(nn.Module):
         return self.conv(x.mean((2, 3), keepdim=True)).flatten(1)
 
 
+class Narrow(Palette):
+    """Fails on images that are wider than high."""
+
+    def forward(self, x):
+        if x.shape[3] > x.shape[2]:
+            raise ValueError("too wide")
+        return super().forward(x)
+
+
+def narrow() -> nn.Module:
+    return Narrow()
+
+
 def palette(label: int) -> list[float]:
     """The colour of a class, 0..255; neighbours in label order are far apart."""
     return [20.0 + 23 * (label * 7 // 10**i % 10) for i in range(3)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import BadRequest, printable
 from pipeline.sources import Each, RawSample, Shard, Source
 from pipeline.sources.classes import sample_id_of
+from pipeline.wnids import wnid_in
 
 IMAGE, LABEL = ("image", "img"), ("label", "fine_label")  # names that Hugging Face's own data sets use
 ROWS = 16  # that are in memory at once
@@ -58,7 +59,8 @@ class HuggingFaceParquet(Source):
             for batch in file.iter_batches(1024, columns=[f"{image}.path"], use_threads=False):
                 paths = _path_of(batch.column(0))
                 for at in range(batch.num_rows):
-                    each(_id(paths, at) or self._place(name, row + at), f"row {row + at}")
+                    path = _text(paths, at)
+                    each((sample_id_of(path) if path else "") or self._place(name, row + at), f"row {row + at}")
                 row += batch.num_rows
         except (pa.ArrowException, OSError) as fault:
             raise BadRequest(f"{printable(self._path(name))} cannot be read on from row {row} ({_first_line(fault)}): fetch it again") from None
@@ -75,7 +77,9 @@ class HuggingFaceParquet(Source):
                     skip = max(0, start - position)
                     contents, paths = _bytes_of(batch.column(0)), _path_of(batch.column(0))
                     for row in range(skip, min(batch.num_rows, stop - position)):
-                        yield _sample(_id(paths, row) or self._place(name, position + row), contents[row].as_py(), batch.column(1)[row].as_py(), paths is not None and paths[row].is_valid)
+                        path = _text(paths, row)
+                        sample_id = (sample_id_of(path) if path else "") or self._place(name, position + row)
+                        yield replace(_sample(sample_id, contents[row].as_py(), batch.column(1)[row].as_py(), path is not None), folder=wnid_in(path or "") or "")
                     position += batch.num_rows
                     if position >= stop:
                         return
@@ -141,10 +145,10 @@ def _field(images: pa.StructArray, name: str) -> pa.Array | None:
     return images.flatten()[at] if at >= 0 else None
 
 
-def _id(paths: pa.Array | None, row: int) -> str:
-    """What the path of a row gives as its ID, or "". Bytes that are no UTF-8 are written as their escapes, as everywhere."""
+def _text(paths: pa.Array | None, row: int) -> str | None:
+    """The path of a row, None where it has none. Bytes that are no UTF-8 are written as their escapes, as everywhere."""
     path = paths[row].as_py() if paths is not None else None
-    return sample_id_of(os.fsdecode(path)) if path else ""
+    return None if path is None else os.fsdecode(path)
 
 
 def _sample(sample_id: str, content: bytes | None, label: int | None, has_path: bool) -> RawSample:
