@@ -6,10 +6,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import cluster
+from jobs.apart import Died, apart
 from jobs.progress import say
 from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout, coverage
@@ -37,27 +41,56 @@ def load_model(model: str, weights: str | None, preprocess: str | None, precisio
     return models.load(model, weights, preprocess)
 
 
-def describe(seen: Look, classifier: Classifier, model: str, engine: str, precision: str | None, aggregation: str, batch_size: int | None, device: str) -> Manifest:
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a run's network, as another process can be told it. `saved`: the run that keeps its weights; None while it is new."""
+
+    model: str
+    weights: str | None = None
+    preprocess: str | None = None
+    engine: str = "auto"
+    precision: str | None = None
+    aggregation: str = "abs"
+    batch_size: int | None = None
+    device: str = "cpu"
+    saved: Path | None = None
+
+    def load(self) -> Classifier:
+        """The classifier of a new run, or the one that a run keeps."""
+        from pipeline import models
+
+        if self.saved is None:
+            return models.load(self.model, self.weights, self.preprocess)
+        manifest = Store(self.saved).manifest()
+        models.reach(manifest.import_root)
+        network = models.restore(self.model, self.saved / "weights.safetensors")
+        return models.Classifier(network, manifest.preprocessing, manifest.class_names, manifest.weights_sha256, manifest.promised_top1)
+
+
+def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
     """Try the network on a few of the images that were seen, and choose what was left open. Raises BadRequest if it cannot take them."""
     from pipeline.saliency import check_network, choose_engine
 
     layers = FilterLayout.of(classifier.network)
-    images = trial_images(seen, classifier)
-    classes = check_network(classifier.network, images)
-    engine, reason = (engine, "as asked") if engine != "auto" else choose_engine(classifier.network, images)
+    trials = trial_images(seen, classifier)
+    try:
+        images, classes = trials[0], check_network(classifier.network, trials[0])
+    except BadRequest:  # because of one bad image?
+        images, classes = trials[-1], check_network(classifier.network, trials[-1])
+    engine, reason = (asked.engine, "as asked") if asked.engine != "auto" else choose_engine(classifier.network, images)
     say(f"engine: {engine} ({reason}); {layers.total:,} filters in {len(layers.layers)} layers, {classes} classes")
     names = classifier.class_names if classifier.class_names and len(classifier.class_names) == classes else None
     return Manifest(
-        model=model, weights_sha256=classifier.weights_sha256, layers=layers, preprocessing=classifier.preprocessing, aggregation=aggregation,
-        precision=precision or "fp32", engine=engine, batch_size=batch_size or default_batch(device, images.shape[-2] * images.shape[-1]), threads=cluster.threads_of_an_engine(),
-        unit_samples=MOST if device == "cuda" else MOST // 4, classes=classes, class_names=names, import_root=os.getcwd() if ":" in model else None,
+        model=asked.model, weights_sha256=classifier.weights_sha256, layers=layers, preprocessing=classifier.preprocessing, aggregation=asked.aggregation,
+        precision=asked.precision or "fp32", engine=engine, batch_size=asked.batch_size or default_batch(asked.device, images.shape[-2] * images.shape[-1]), threads=cluster.threads_of_an_engine(),
+        unit_samples=MOST if asked.device == "cuda" else MOST // 4, classes=classes, class_names=names, import_root=os.getcwd() if ":" in asked.model else None,
         versions={name: _version(name) for name in ("faultline", "torch", "torchvision", "ray", "pyarrow", "numpy", "pillow")},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), promised_top1=classifier.promised,
     )  # fmt: skip
 
 
-def trial_images(seen: Look, classifier: Classifier) -> torch.Tensor:
-    """float32 [1..3, 3, H, W]: some of the images that were seen and share a shape."""
+def trial_images(seen: Look, classifier: Classifier) -> list[torch.Tensor]:
+    """One or two times float32 [1..3, 3, H, W]: some of the images that were seen and share a shape, the first of them and the last."""
     import numpy as np
     import torch
 
@@ -65,8 +98,9 @@ def trial_images(seen: Look, classifier: Classifier) -> torch.Tensor:
         why = f" ({printable(seen.reasons[0])})" if seen.reasons else ""
         raise BadRequest(f"--source: none of the {len(seen.reasons)} samples that were tried can be used{why}; is this a labelled data set of images?")
     shape = Counter(s.pixels.shape for s in seen.samples).most_common(1)[0][0]
-    alike = [s.pixels for s in seen.samples if s.pixels.shape == shape][:TRIAL]
-    return classifier.preprocessing.normalise(torch.from_numpy(np.stack(alike)))
+    alike = [s.pixels for s in seen.samples if s.pixels.shape == shape]
+    chosen = [alike[:TRIAL], alike[TRIAL:][-TRIAL:]]
+    return [classifier.preprocessing.normalise(torch.from_numpy(np.stack(pixels))) for pixels in chosen if pixels]
 
 
 def default_batch(device: str, pixels: int) -> int:
@@ -76,28 +110,61 @@ def default_batch(device: str, pixels: int) -> int:
     return 8 if pixels > 96 * 96 else 32
 
 
-def admit(seen: Look, again: Callable[[int], Look], network: torch.nn.Module, manifest: Manifest, force: bool) -> None:
-    """Say what the doctor finds on a few samples; `again` looks at more, where those puzzle. Raises BadRequest if a run would be garbage, unless it is forced."""
-    found = examine(seen, network, manifest)
-    if found.puzzling:
-        say(f"check: top-1 is {found.top1:.3f} on {found.seen} images, which is little; looking at more")
-        found = examine(again(AGAIN), network, manifest)
-    for line in [*found.doubts, *found.warnings, *filter(None, [coverage(network)[1]])]:
+def admit(asked: Asked, seen: Look, again: Callable[[int], Look], manifest: Manifest | None, classifier: Classifier | None, alone: bool, force: bool) -> Manifest:
+    """What the run is, once the doctor has said what a few samples tell; `again` looks at more, where those puzzle.
+
+    manifest: of a run that has begun; classifier: of a new one. alone: the network runs in a process of its own, as it will in the job, so that an
+    image that kills it is set aside there. Raises BadRequest if a run would be garbage, unless it is forced.
+    """
+    judge = partial(apart, judged, asked) if alone else partial(judged, asked, classifier=classifier or asked.load())
+    try:
+        manifest, found = judge(seen, manifest)
+        if found.puzzling:
+            say(f"check: top-1 is {found.top1:.3f} on {found.seen} images, which is little; looking at more")
+            manifest, found = judge(again(AGAIN), manifest)
+    except Died as death:
+        say(f"check: the network's process ended ({death}) on one of the images that were looked at: nothing is said about top-1")
+        return manifest or _described_alone(asked, seen)
+    for line in [*found.doubts, *found.warnings]:
         say(f"check: {line}")
     if found.faults and not force:
         raise BadRequest(f"{found.faults[0]}\n--force goes on all the same; faultline check says more")
     for fault in found.faults:
         say(f"check: {fault} (going on: --force)")
+    return manifest
+
+
+def judged(asked: Asked, seen: Look, manifest: Manifest | None, classifier: Classifier | None = None) -> tuple[Manifest, Diagnosis]:
+    """What the run is, and the doctor's diagnosis. Raises BadRequest if the network cannot take the images."""
+    classifier = classifier or asked.load()
+    manifest = manifest or describe(asked, seen, classifier)
+    return manifest, examine(seen, classifier.network, manifest)
+
+
+def _described_alone(asked: Asked, seen: Look) -> Manifest:
+    """By the images that the network is tried on, or by others where it died on those. Raises BadRequest if it dies on these too."""
+    for samples in (seen.samples, seen.samples[::-1]):
+        try:
+            return apart(_described, asked, replace(seen, samples=samples))
+        except Died as died:
+            death = died
+    raise BadRequest(f"--model: the process of {printable(asked.model)} ends ({death}) when it is given images of this source: is there enough memory, and does the network run by itself?")
+
+
+def _described(asked: Asked, seen: Look) -> Manifest:
+    return describe(asked, seen, asked.load())
 
 
 def examine(seen: Look, network: torch.nn.Module, manifest: Manifest, devkit: dict[int, str] | None = None) -> Diagnosis:
-    """The doctor's diagnosis, computed on this machine's GPU if it has one."""
+    """The doctor's diagnosis, computed on this machine's GPU if it has one, and what part of the network a profile covers."""
     import torch
 
     from pipeline import doctor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return doctor.examine(network.to(device), manifest.preprocessing, seen, manifest.classes, manifest.promised_top1, devkit, device, manifest.batch_size)
+    found = doctor.examine(network.to(device), manifest.preprocessing, seen, manifest.classes, manifest.promised_top1, devkit, device, manifest.batch_size)
+    found.warnings.extend(filter(None, [coverage(network)[1]]))
+    return found
 
 
 def write(store: Store, manifest: Manifest, network: torch.nn.Module) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from jobs import begin, cluster
 from jobs.progress import ProgressBar, say
 from pipeline.errors import BadRequest, printable
-from pipeline.filters import coverage
 from pipeline.sources import Shard, Source, open_source
 from pipeline.sources.doubles import Ids
 
@@ -92,11 +91,11 @@ def check(spec: str, model: str, weights: str | None = None, preprocess: str | N
     start = time.monotonic()
     seen = doctor.look(source, counted.shards, LOOK, classifier.preprocessing)
     decoding = (time.monotonic() - start) / max(1, len(seen.samples))
-    manifest = begin.describe(seen, classifier, model, "auto", None, "abs", None, device)
+    manifest = begin.describe(begin.Asked(model, weights, preprocess, device=device), seen, classifier)
     say(f"classifying {len(seen.samples)} images")
     found = begin.examine(seen, classifier.network, manifest, order)
     rate, row_bytes, lost = cost(seen, classifier.network, manifest, device, decoding)
-    warnings = [*source.advice(names), *filter(None, [coverage(classifier.network)[1], lost]), *found.warnings]
+    warnings = [*source.advice(names), *filter(None, [lost]), *found.warnings]
     labels = [s.label for s in seen.samples]
     return Report(
         source.kind, len(names), counted.samples, counted.exact, (min(labels), max(labels)), len(set(labels)), manifest.classes, _order(found), manifest.layers.total, len(manifest.layers.layers),

@@ -89,10 +89,15 @@ def joins(address: str | None) -> bool:
     return (address or os.environ.get("RAY_ADDRESS", "local")) != "local"
 
 
+def in_this_process(address: str | None, actors: tuple[int, int] | None, samples: int) -> bool:
+    """Whether a job of about `samples` samples is done without Ray: it is little, and nothing else was asked for."""
+    return address is None and actors is None and not joins(None) and samples <= SMALL
+
+
 @contextmanager
 def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str, address: str | None, actors: tuple[int, int] | None, samples: int) -> Iterator[Stream]:
-    """Workers for about `samples` samples, engines of `threads` threads: this process if that is little and nothing else was asked for, otherwise Ray."""
-    if address is None and actors is None and not joins(None) and samples <= SMALL:
+    """Workers for about `samples` samples, engines of `threads` threads: this process, or Ray's."""
+    if in_this_process(address, actors, samples):
         write = make_writer()
         yield Stream(lambda units, attempts: (write(decoder(unit)) for unit in units), "starting in this process (small work; --address local starts Ray)")
         return

@@ -116,20 +116,16 @@ def extract(settings: Settings) -> Outcome:
 
 def admitted(store: Store, settings: Settings, source: Source, census: Census, manifest: Manifest | None, classifier: Classifier | None) -> Manifest:
     """A few samples decide what a new run is, and whether a new data set is worth its hours. Raises BadRequest, and then nothing is written."""
-    from pipeline import models
     from pipeline.doctor import look
 
     again = partial(look, source, census.asked, preprocessing=manifest.preprocessing if manifest else classifier.preprocessing)
-    seen = again(begin.LOOK)
-    if manifest:
-        models.reach(manifest.import_root)
-        begin.admit(seen, again, models.restore(manifest.model, store.run / "weights.safetensors"), manifest, settings.force)
-        return manifest
     device = cluster.device_for(settings.device, settings.address)
-    new = begin.describe(seen, classifier, settings.model, settings.engine, settings.precision, settings.aggregation, settings.batch_size, device)
-    begin.admit(seen, again, classifier.network, new, settings.force)
-    begin.write(store, new, classifier.network)
-    return new
+    asked = begin.Asked(settings.model, settings.weights, settings.preprocess, settings.engine, settings.precision, settings.aggregation, settings.batch_size, device, store.run if manifest else None)
+    alone = not cluster.in_this_process(settings.address, settings.actors, census.samples)
+    admitted = begin.admit(asked, again(begin.LOOK), again, manifest, classifier, alone, settings.force)
+    if manifest is None:
+        begin.write(store, admitted, classifier.network)
+    return admitted
 
 
 def refuse_imported(store: Store, dataset: str) -> None:

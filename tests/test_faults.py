@@ -243,6 +243,7 @@ def test_a_sample_that_kills_and_one_that_raises_are_set_aside_alone(folder):
     code, stderr = finished(folder, *command, 2, seconds=240)
     assert code == 0, stderr
     assert strangers(stderr, "val") == []
+    assert "check: the network's process ended (SIGKILL) on one of the images that were looked at: nothing is said about top-1" in stderr
     reasons = rejects(run)
     assert reasons.keys() == {"00005", "00007"}
     assert reasons["00005"] == "it killed its worker process 3 times"
@@ -250,6 +251,18 @@ def test_a_sample_that_kills_and_one_that_raises_are_set_aside_alone(folder):
     assert rows(run)["sample_id"] == [f"{i:05d}" for i in range(10) if i not in (5, 7)]
     code, stderr = finished(folder, *command, 0)
     assert code == 3 and "nothing to do" in stderr and "more than --max-rejects 0" in stderr
+
+
+def test_a_sample_that_kills_may_be_the_very_first(folder):
+    """The network is tried on other images then; where it dies on those too, it is refused, and nothing is written."""
+    for name, reds, code in (("first", {"at_0": RED}, 0), ("every", {f"at_{i}": RED for i in range(6)}, 2)):
+        touchy(folder / name / "a.tar", 6, **reds)
+        command = ["extract", "--run", folder / f"{name}-run", "--dataset", "val", "--source", folder / name, "--model", "networks:Touchy", "--address", "local", "--max-rejects", 1]
+        assert (ended := finished(folder, *command, seconds=240))[0] == code, ended[1]
+        assert strangers(ended[1], "val") == []
+    assert rejects(folder / "first-run") == {"00000": "it killed its worker process 3 times"}
+    assert "--model: the process of networks:Touchy ends (SIGKILL)" in ending(ended[1])
+    assert not (folder / "every-run").exists()
 
 
 def test_a_shard_that_breaks_during_the_job_stops_it_after_the_rest(folder):

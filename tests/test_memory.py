@@ -30,6 +30,7 @@ class Tiny(nn.Module):
         super().__init__()
         manual_seed(0)
         self.conv, self.linear = nn.Conv2d(3, 4, 8, 8), nn.Linear(4, 10)
+        self.linear.bias.data[1] += 3  # right on every sample, so that the doctor looks at no more of many than of few
     def forward(self, x):
         return self.linear(self.conv(x).mean((2, 3)))
 '''
