@@ -10,12 +10,15 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from jobs import evidence
+from jobs.bench import command as benchmarks
 from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines
 from jobs.progress import ProgressBar, say
 from pipeline.errors import BadRequest, Fault, Stopped, printable
@@ -23,8 +26,7 @@ from pipeline.errors import BadRequest, Fault, Stopped, printable
 app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Which filters made an image classifier err, and which other images fail for the same reason.")
 statistics_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Statistics (mu and sigma of every filter) that runs are standardised by.")
 app.add_typer(statistics_app, name="statistics")
-bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Timings, as ratios in one run.")
-app.add_typer(bench_app, name="bench")
+app.add_typer(benchmarks.app, name="bench")
 
 
 @app.command()
@@ -169,7 +171,6 @@ def query(
     format: Format = "table",
 ) -> None:
     """The images that fail for the same reason as one image."""
-    from index import Run
     from jobs import output
 
     output.check_format(format)
@@ -177,16 +178,19 @@ def query(
         from jobs.figures import check_gallery
 
         check_gallery(gallery)
-    opened = Run.open(run)
-    found = opened.neighbors(sample, k, within, layers, name)
-    if found.num_rows < k:
-        say(f"only {found.num_rows} neighbours exist")
-    if gallery:
-        from jobs.query import draw
+    with _without_pandas():
+        from index import Run
 
-        draw(opened, sample, found, gallery, name)
-        say(f"gallery: {printable(gallery)}")
-    output.neighbours(found, format)
+        opened = Run.open(run)
+        found = opened.neighbors(sample, k, within, layers, name)
+        if found.num_rows < k:
+            say(f"only {found.num_rows} neighbours exist")
+        if gallery:
+            from jobs.query import draw
+
+            draw(opened, sample, found, gallery, name)
+            say(f"gallery: {printable(gallery)}")
+        output.neighbours(found, format)
 
 
 @app.command()
@@ -228,25 +232,6 @@ def neighbors(
         summary = whole(opened, source, within, name, split, request)
         output.record(agreement.__dict__ | summary["result"], format)
         say(summary["found"])
-
-
-@bench_app.command("engine")
-def bench_engine(
-    networks: Annotated[Optional[str], typer.Option("--models", help="Names of networks, separated by commas. Default: resnet50,vgg19,densenet121,mobilenet_v2,resnet56.")] = None,
-    engines: Annotated[Optional[str], typer.Option(help="Of step, step-folded, fused, vmap and loop. Default: all.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: that of a run.")] = None,
-    device: Device = None,
-    precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "fp32",
-    rounds: Annotated[int, typer.Option(help="Turns that each takes; medians are compared.")] = 5,
-    format: Record = "table",
-) -> None:
-    """What filter saliency costs beside one plain training step of the same network."""
-    from jobs import bench, output
-
-    output.check_format(format, ("table", "json"))
-    words = lambda text, default: [w.strip() for w in text.split(",") if w.strip()] if text else list(default)  # noqa: E731
-    rows = bench.bench_engine(words(networks, bench.MODELS), batch_size, device, precision, rounds, words(engines, bench.CONTENDERS))
-    output.timings(list(bench.records(rows)), format)
 
 
 for verb in evidence.VERBS:
@@ -296,6 +281,23 @@ def _run() -> int:
     except typer.Exit as end:
         return end.exit_code
     return 0
+
+
+@contextmanager
+def _without_pandas() -> Iterator[None]:
+    """pyarrow imports pandas, half of a query's time, to ask whether a list is one of its Series; here none is, and it is told that there is no pandas."""
+
+    class NoPandas:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "pandas":
+                raise ModuleNotFoundError("this command does without pandas", name=name)
+
+    sys.meta_path.insert(0, NoPandas)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(NoPandas)
 
 
 def _terminate(*_: object) -> None:

@@ -11,6 +11,7 @@ from jobs.progress import duration
 from pipeline.errors import BadRequest, printable
 
 if TYPE_CHECKING:
+    from jobs.bench.measure import Measure
     from jobs.check import Report
 
 FORMATS = ("table", "json", "parquet")
@@ -102,6 +103,18 @@ def timings(rows: list[dict], format: str) -> None:
         return
     shown = [[r["model"], r["engine"], str(r["batch_size"]), f"{r['images_per_s']:,.1f}", f"{r['ratio_to_step']:.2f}", "" if r["peak_bytes"] is None else _size(r["peak_bytes"]), "" if r["relative_error"] is None else f"{r['relative_error']:.1e}"] for r in rows]
     table(["network", "engine", "batch", "images/s", "ratio to the step", "memory", "error"], shown)
+
+
+def measures(rows: list[Measure], format: str) -> None:
+    """Rows of `bench index` and `bench pipeline`."""
+    if format == "json":
+        _json([asdict(row) for row in rows])
+        return
+    table(["what", "measured", "beside", "", "ratio"], [[r.what, _number(r.value, r.unit), r.beside or "", "" if r.floor is None else _number(r.floor, r.unit), "" if r.ratio is None else f"{r.ratio:.2f}"] for r in rows])
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
 
 
 def table(head: list[str] | None, rows: list[list]) -> None:

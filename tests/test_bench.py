@@ -1,4 +1,6 @@
-"""`faultline bench engine`: every contender on the same images, as ratios to the step, with memory and error beside."""
+"""`faultline bench`: what is measured stands beside its floor from the same run, and what cannot be measured is told before anything is."""
+
+import sys
 
 import pytest
 import tiny
@@ -20,7 +22,7 @@ def test_every_contender_has_its_row():
 
 def test_the_step_is_always_there_and_a_network_without_a_fused_engine_says_why():
     ended = bench("--models", "tiny:twice", "--engines", "fused,vmap")
-    assert [row["engine"] for row in ended.json] == ["step", "vmap"] and "tiny:twice: no fused engine (" in ended.err
+    assert [row["engine"] for row in ended.json] == ["step", "vmap"] and "tiny:twice: fused cannot do it (" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,40 @@ def test_the_step_is_always_there_and_a_network_without_a_fused_engine_says_why(
 )
 def test_what_cannot_be_measured_is_told_before_anything_is(words, message):
     assert message in bench(*words).refused()
+
+
+def test_a_peer_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    assert "opacus-ew is not installed: pip install 'faultline[bench]'" in bench("--models", "resnet20", "--engines", "opacus-ew").refused()
+
+
+@pytest.mark.parametrize("name", ["opacus-hooks", "opacus-functorch", "opacus-ew", "backpack"])
+def test_peers_give_the_same_filter_saliency(name):
+    """Where they are installed: their per-sample gradients, reduced, are ours."""
+    pytest.importorskip(name.partition("-")[0], reason="pip install 'faultline[bench]'")
+    rows = bench("--models", "tiny:Palette", "--engines", name).json
+    assert [row["engine"] for row in rows] == ["step", name] and rows[1]["relative_error"] < 1e-4
+
+
+def test_an_index_is_measured_beside_its_floors():
+    ended = tiny.call("bench", "index", "--rows", 300, "--filters", 16, "--rounds", 1, "--format", "json")
+    assert ended.code == 0
+    rows = {row["what"]: row for row in ended.json}
+    assert list(rows) == ["build: statistics and index", "batch search of 10 neighbours", "one query by ID in a warm process", "one query as a cold command"]
+    for row in rows.values():
+        assert row["value"] > 0 and (row["floor"] is None or row["ratio"] == pytest.approx(row["value"] / row["floor"]))
+    assert "--rows: 3 is less than 11" in tiny.call("bench", "index", "--rows", 3).refused()
+
+
+def test_the_line_is_measured_beside_the_engine_and_stage_by_stage():
+    ended = tiny.call("bench", "pipeline", "--max-samples", 300, "--actors", "", "--format", "json")
+    assert ended.code == 0, ended.err
+    rows = {row["what"]: row for row in ended.json}
+    stages = [rows[f"{stage}, of one image"] for stage in ("read", "decode", "engine", "write")]
+    assert sum(row["ratio"] for row in stages) == pytest.approx(1) and all(row["value"] > 0 for row in stages)
+    assert rows["whole line in one process"]["floor"] == rows["engine"]["value"] == pytest.approx(1000 / stages[2]["value"])
+
+
+@pytest.mark.parametrize("words, message", [(("--source", "x.tar"), "--source and --model go together"), (("--actors", "1,no"), "--actors: 'no' is no number"), (("--max-samples", "0"), "--max-samples: 0 is less than 1")])
+def test_a_line_that_cannot_be_measured_is_refused(words, message):
+    assert message in tiny.call("bench", "pipeline", *words).refused()

@@ -2,7 +2,8 @@
 
 Every contender takes its turn in every round of one process, so that whatever else the machine does meets them all; medians are compared.
 The floor, `step`, is one batched forward and backward with the gradients of all parameters; `step-folded` is the same on the network with its
-BatchNorms folded into its convolutions, an advantage that no training step has. `loop` is one image at a time.
+BatchNorms folded into its convolutions, an advantage that no training step has. `loop` is one image at a time, as the authors' code does it.
+Peers (`peers.py`) are asked by name. A contender that cannot do a network is told, with its own words, and left out of that network.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from jobs import begin, cluster
+from jobs.bench.peers import PEERS, peer
 from jobs.progress import say
 from pipeline import models
 from pipeline.errors import BadRequest, printable
@@ -30,6 +32,7 @@ from pipeline.saliency.vmap import reduce_filters
 MODELS = ("resnet50", "vgg19", "densenet121", "mobilenet_v2", "resnet56")
 SIZES = {"inception_v3": 299}  # pixels; CIFAR's networks have 32, all others 224
 CONTENDERS = ("step", "step-folded", "fused", "vmap", "loop")
+CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)  # of vmap, of which the fastest is taken
 WITNESSES = 2  # images that the error is measured on
 
 Contender = Callable[[torch.Tensor, torch.Tensor], object]
@@ -61,9 +64,10 @@ def bench_engine(names: list[str], batch_size: int | None, device: str | None, p
     for value, option in ((batch_size, "--batch-size"), (rounds, "--rounds")):
         if value is not None and value < 1:
             raise BadRequest(f"{option}: {value} is less than 1")
-    strange = [c for c in contenders if c not in CONTENDERS]
+    known = (*CONTENDERS, *PEERS)
+    strange = [c for c in contenders if c not in known]
     if strange:
-        raise BadRequest(f"--engines: '{printable(strange[0])}' is not one of {', '.join(CONTENDERS)}")
+        raise BadRequest(f"--engines: '{printable(strange[0])}' is not one of {', '.join(known)}")
     networks = {name: models.build(name) for name in names}  # a mistyped name is told before anything is measured
     torch.set_num_threads(cluster.threads_of_an_engine())
     set_precision(precision)
@@ -72,20 +76,23 @@ def bench_engine(names: list[str], batch_size: int | None, device: str | None, p
 
 def _network(name: str, network: torch.nn.Module, batch_size: int | None, device: str, precision: str, rounds: int, contenders: list[str]) -> list[Row]:
     images, labels, network = _subject(name, network, batch_size, device)
-    chosen = {c: _contender(c, network, images) for c in dict.fromkeys(["step", *contenders]) if c not in ("fused", "vmap")}
-    for engine in ("fused", "vmap"):
-        reason = objection(network, images[:3]) if engine == "fused" and engine in contenders else None
-        if reason:
-            say(f"{name}: no fused engine ({reason})")
-        elif engine in contenders:
-            chosen[engine] = make_engine(engine, network, "abs")
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-    seconds: dict[str, list[float]] = {c: [] for c in chosen}
+    chosen: dict[str, Contender] = {}
     peaks: dict[str, int | None] = {}
     with autocast:
-        for c, run in chosen.items():  # warm, and measured for memory
-            run(images, labels)
-            peaks[c] = _peak(lambda run=run: run(images, labels), device)
+        for c in dict.fromkeys(["step", *contenders]):
+            try:
+                run = _contender(c, network, images, labels)
+                run(images, labels)  # warm
+                peaks[c] = _peak(lambda: run(images, labels), device)
+                chosen[c] = run
+            except BadRequest:
+                raise
+            except Exception as fault:  # whatever a peer raises, or a network in it
+                if c in ("step", "step-folded"):
+                    raise
+                say(f"{name}: {c} cannot do it ({printable((str(fault).splitlines() or [type(fault).__name__])[0])[:160]})")
+        seconds: dict[str, list[float]] = {c: [] for c in chosen}
         for turn in range(rounds):
             order = list(chosen)
             for c in order[turn % len(order) :] + order[: turn % len(order)]:
@@ -93,7 +100,7 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
                 chosen[c](images, labels)
                 seconds[c].append(_now(device) - start)
             say(f"{name}: round {turn + 1} of {rounds}, " + ", ".join(f"{c} {len(images) / seconds[c][-1]:,.1f}/s" for c in order))
-        found = {c: chosen[c](images, labels).saliency[:WITNESSES] for c in chosen if c in ("fused", "vmap")}
+        found = {c: chosen[c](images, labels)[:WITNESSES] for c in chosen if c not in ("step", "step-folded")}
     errors = _errors(network, images[:WITNESSES], labels[:WITNESSES], found)
     middle = {c: statistics.median(times) for c, times in seconds.items()}
     return [Row(name, c, device, precision, len(images), len(images) / middle[c], middle[c] / middle["step"], peaks[c], errors.get(c)) for c in chosen]
@@ -115,25 +122,61 @@ def _subject(name: str, network: torch.nn.Module, batch_size: int | None, device
     return images, torch.randint(classes, (size,), device=device), network
 
 
-def _contender(name: str, network: torch.nn.Module, images: torch.Tensor) -> Contender:
-    """One of those that are no engine of ours. Each has a copy of the network whose parameters ask for gradients."""
+def _contender(name: str, network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Contender:
+    """What takes (images, labels) and computes, s̄ [B, F] but for the two steps. All but the engines have a copy of the network."""
+    if name == "fused":
+        return _fused(network, images)
+    if name == "vmap":
+        return _vmap(network, images, labels)
+    if name in PEERS:
+        return peer(name, network)
     own = copy.deepcopy(network)
     if name == "step-folded":
         own = folded(own)
     own.requires_grad_(True)
+    return _loop(own) if name == "loop" else lambda images, labels: _step(own, images, labels)
 
-    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
-        own.zero_grad(set_to_none=True)
-        cross_entropy(own(images).float(), labels).sum().backward()
 
-    def loop(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _step(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    network.zero_grad(set_to_none=True)
+    cross_entropy(network(images).float(), labels).sum().backward()
+
+
+def _loop(network: torch.nn.Module) -> Contender:
+    def run(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         rows = []
         for image, label in zip(images, labels):
-            step(image[None], label[None])
-            rows.append(torch.cat([reduce_filters(p.grad[None], "abs")[0] if p.grad is not None else p.new_zeros(p.shape[0]) for p in own.parameters() if p.dim() == 4]))
+            _step(network, image[None], label[None])
+            rows.append(torch.cat([reduce_filters(p.grad[None], "abs")[0] if p.grad is not None else p.new_zeros(p.shape[0]) for p in network.parameters() if p.dim() == 4]))
         return torch.stack(rows)
 
-    return loop if name == "loop" else step
+    return run
+
+
+def _fused(network: torch.nn.Module, images: torch.Tensor) -> Contender:
+    """Raises RuntimeError where it would not be exact."""
+    if reason := objection(network, images[:3]):
+        raise RuntimeError(reason)
+    engine = make_engine("fused", network, "abs")
+    return lambda images, labels: engine(images, labels).saliency
+
+
+def _vmap(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Contender:
+    """`vmap(grad)` at the chunk that is fastest here."""
+    engine = make_engine("vmap", network, "abs")
+
+    def timed(chunk: int) -> float:
+        engine.chunk = chunk
+        start = _now(images.device.type)
+        try:
+            engine(images, labels)
+        except torch.OutOfMemoryError:
+            return float("inf")
+        return _now(images.device.type) - start
+
+    timed(1)  # warm
+    engine.chunk = min((c for c in CHUNKS if c <= len(images)), key=timed)
+    return lambda images, labels: engine(images, labels).saliency
 
 
 def folded(network: torch.nn.Module) -> torch.nn.Module:
@@ -151,7 +194,7 @@ def _errors(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor
     if not found:
         return {}
     exact = copy.deepcopy(network).double()
-    truth = _contender("loop", exact, images)(images.double(), labels)
+    truth = _contender("loop", exact, images, labels)(images.double(), labels)
     return {c: float(((s.double() - truth).norm(dim=1) / truth.norm(dim=1)).max()) for c, s in found.items()}
 
 
