@@ -3,7 +3,7 @@
 Every contender takes its turn in every round of one process, so that whatever else the machine does meets them all; medians are compared.
 The floor, `step`, is one batched forward and backward with the gradients of all parameters; `step-folded` is the same on the network with its
 BatchNorms folded into its convolutions, an advantage that no training step has. `loop` is one image at a time, as the authors' code does it.
-Peers (`peers.py`) are asked by name. A contender that cannot do a network is told, with its own words, and left out of that network.
+`fused-unfolded` and the peers (`peers.py`) are asked for by name. A contender that cannot do a network is told, with its own words, and left out of that network.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pipeline.saliency.vmap import reduce_filters
 MODELS = ("resnet50", "vgg19", "densenet121", "mobilenet_v2", "resnet56")
 SIZES = {"inception_v3": 299}  # pixels; CIFAR's networks have 32, all others 224
 CONTENDERS = ("step", "step-folded", "fused", "vmap", "loop")
+ASKED = ("fused-unfolded", *PEERS)  # for by name alone
 CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)  # of vmap, of which the fastest is taken
 WITNESSES = 2  # images that the error is measured on
 
@@ -64,7 +65,7 @@ def bench_engine(names: list[str], batch_size: int | None, device: str | None, p
     for value, option in ((batch_size, "--batch-size"), (rounds, "--rounds")):
         if value is not None and value < 1:
             raise BadRequest(f"{option}: {value} is less than 1")
-    known = (*CONTENDERS, *PEERS)
+    known = (*CONTENDERS, *ASKED)
     strange = [c for c in contenders if c not in known]
     if strange:
         raise BadRequest(f"--engines: '{printable(strange[0])}' is not one of {', '.join(known)}")
@@ -124,8 +125,8 @@ def _subject(name: str, network: torch.nn.Module, batch_size: int | None, device
 
 def _contender(name: str, network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Contender:
     """What takes (images, labels) and computes, s̄ [B, F] but for the two steps. All but the engines have a copy of the network."""
-    if name == "fused":
-        return _fused(network, images)
+    if name in ("fused", "fused-unfolded"):
+        return _fused(network, images, name == "fused")
     if name == "vmap":
         return _vmap(network, images, labels)
     if name in PEERS:
@@ -153,11 +154,12 @@ def _loop(network: torch.nn.Module) -> Contender:
     return run
 
 
-def _fused(network: torch.nn.Module, images: torch.Tensor) -> Contender:
-    """Raises RuntimeError where it would not be exact."""
+def _fused(network: torch.nn.Module, images: torch.Tensor, fold: bool) -> Contender:
+    """With BatchNorms folded or not. Raises RuntimeError where it would not be exact."""
     if reason := objection(network, images[:3]):
         raise RuntimeError(reason)
     engine = make_engine("fused", network, "abs")
+    engine.folds = None if fold else {}
     return lambda images, labels: engine(images, labels).saliency
 
 

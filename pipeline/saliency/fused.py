@@ -7,9 +7,9 @@ per-sample weight gradients. Memory is that of an ordinary training step.
 A BatchNorm that alone follows a convolution is folded into it (`folding.py`), which spares its passes over memory; a network that then
 does something else with the convolution's output than it did at first is refused, never answered wrongly.
 
-Two per-sample products are used, both exact, chosen by shape alone (so that bits do not depend on the machine's load):
+On a CPU two per-sample products are used, both exact, chosen by shape alone (so that bits do not depend on the machine's load):
 one grouped convolution with a group for every sample where weights are few, and im2col with one matrix product a sample
-where they are many.
+where they are many. On a GPU one kernel a layer does it all (`kernels.py`), where it has shown to agree with these.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from pipeline.filters import FilterLayout
-from pipeline.saliency import Saliency
+from pipeline.saliency import Saliency, kernels
 from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Fold, Norm, folds, leaves, looks_only
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
@@ -160,6 +160,14 @@ def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, a
 
     input: [B, I, H, W], what the layer saw; gradient: [B, O, H', W'], dL/d(output); shape: of the weight, (O, I / groups, k, k).
     """
+    geometry = (shape, stride, padding, dilation, groups, aggregation)
+    if kernels.serves(input) and kernels.agrees(kernels.filter_saliency, _by_products, input, gradient, *geometry):
+        return kernels.filter_saliency(input, gradient, *geometry)
+    return _by_products(input, gradient, *geometry)
+
+
+def _by_products(input, gradient, shape, stride, padding, dilation, groups, aggregation) -> torch.Tensor:
+    """The same by torch's own products, a slice of samples at a time."""
     batch, out_channels = gradient.shape[:2]
     per_sample = shape.numel()
     step = max(1, SLICE_NUMBERS // per_sample)

@@ -1,0 +1,191 @@
+"""The roofline of docs/performance.md: what a step, naive per-sample gradients and the fused way must compute and move, and what that predicts.
+
+`python tests/roofline.py machine` measures the matrix rate and the copy bandwidth here, into docs/data/performance/machine.json;
+`python tests/roofline.py` counts every network's operations and bytes, predicts ratios from that machine, and writes the page's tables beside what
+`faultline bench engine --format json` measured (docs/data/performance/engine.json), between its markers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs/performance.md"
+DATA = ROOT / "docs/data/performance"
+NETWORKS = {"resnet50": 224, "vgg19": 224, "densenet121": 224, "mobilenet_v2": 224, "resnet56": 32}
+WAYS = ("step", "naive", "fused-unfolded", "fused")
+NUMBER = 4  # bytes
+
+
+def machine() -> dict:
+    """Operations a second of a large matrix product and bytes a second of a large copy, on the threads of one engine; medians of 7."""
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    from jobs import cluster
+
+    torch.set_num_threads(cluster.threads_of_an_engine())
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    source, target = torch.randn(2**26), torch.empty(2**26)
+    matrix = _median(lambda: torch.mm(a, b))
+    copy = _median(lambda: target.copy_(source))
+    return {"threads": torch.get_num_threads(), "processor": _processor(), "torch": torch.__version__, "operations_per_s": 2 * 2048**3 / matrix, "bytes_per_s": 2 * NUMBER * 2**26 / copy}
+
+
+def _median(run) -> float:
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def operations(name: str, side: int) -> dict[str, list[tuple[float, float]]]:
+    """way -> (operations, bytes) of each operation of one image's forward and backward pass; weights are shared by a batch and not counted."""
+    import torch
+    import torch.nn.functional as F
+    from torch.overrides import TorchFunctionMode
+
+    sys.path.insert(0, str(ROOT))
+    from pipeline import models
+    from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Norm, folds
+
+    network = models.build(name).eval().requires_grad_(False)
+    image = torch.randn(1, 3, side, side)
+    weights = [p for p in network.parameters() if p.dim() == 4]
+    folded = {id(fold.mean) for fold in folds(network, weights, image).values()}
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+
+    def note(ways, ops, numbers):
+        for way in ways:
+            found[way].append((ops, NUMBER * numbers))
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            out = func(*args, **kwargs)
+            if not isinstance(out, torch.Tensor) or out.dim() < 2 or not out.is_floating_point() or func.__name__ == "__get__":
+                return out
+            x = next((a for a in args if isinstance(a, torch.Tensor)), out)
+            given, made = sum(a.numel() for a in args if isinstance(a, torch.Tensor) and a.dim() == x.dim() and a.shape[0] == 1), out.numel()
+            if func in CONVOLUTIONS:
+                w = args[1]
+                ops = 2 * made * w[0].numel()
+                note(WAYS, ops, x.numel() + made)  # forward
+                if x is not image:
+                    note(WAYS, ops, x.numel() + made)  # gradient of the input
+                unfolded = w[0].numel() * made // w.shape[0] if w.shape[2] * w.shape[3] > 1 and w.shape[1] > 1 else 0
+                note(("step", "fused-unfolded", "fused"), ops, x.numel() + made)  # gradient of the weight, summed, or a sample's and reduced in cache
+                note(("naive",), 0, x.numel() + unfolded)  # im2col
+                note(("naive",), ops, (unfolded or x.numel()) + made + w.numel())  # a sample's, written to memory
+                note(("naive",), 0, w.numel())  # and read again, to be reduced
+            elif func in (F.linear, torch._C._nn.linear):
+                note(WAYS, 4 * made * x.shape[-1], given + made)
+                note(("step", "naive"), 2 * made * x.shape[-1], given + made)
+            elif func in NORMS:
+                ways = [way for way in WAYS if way != "fused" or id(Norm.of(func, args, kwargs).mean) not in folded]
+                note(ways, 0, 2 * made)
+                note([way for way in ways if way.startswith("fused")], 0, 2 * made)  # g in, g out
+                note([way for way in ways if not way.startswith("fused")], 0, 3 * made)  # and x, for gamma
+            elif func.__name__ not in ("flatten", "view", "reshape", "dropout", "size", "permute", "_is_view"):
+                note(WAYS, 0, given + made)
+                note(WAYS, 0, given + 2 * made)
+            return out
+
+    with torch.no_grad(), Count():
+        network(image)
+    return dict(found)
+
+
+def seconds(parts: list[tuple[float, float]], rates: dict) -> float:
+    """The roofline: each operation takes as long as its arithmetic or its memory does, whichever is longer."""
+    return sum(max(ops / rates["operations_per_s"], size / rates["bytes_per_s"]) for ops, size in parts)
+
+
+def count() -> dict:
+    """Per network and way: operations and bytes of an image."""
+    return {name: {way: [sum(p[0] for p in parts), sum(p[1] for p in parts)] for way, parts in operations(name, side).items()} for name, side in NETWORKS.items()}
+
+
+def predicted(rates: dict) -> dict[str, dict[str, float]]:
+    """network -> way -> predicted time over the step's."""
+    found = {}
+    for name, side in NETWORKS.items():
+        parts = operations(name, side)
+        step = seconds(parts["step"], rates)
+        found[name] = {way: seconds(parts[way], rates) / step for way in WAYS} | {"images_per_s": 1 / step}
+    return found
+
+
+def tables() -> dict[str, str]:
+    """Marker -> table."""
+    rates = json.loads((DATA / "machine.json").read_text(encoding="utf-8"))
+    rows = json.loads((DATA / "engine.json").read_text(encoding="utf-8"))
+    ratios = {(row["model"], row["engine"]): row for row in rows}
+    peers = [e for e in ("opacus-hooks", "opacus-functorch", "opacus-ew", "backpack") if any(row["engine"] == e for row in rows)]
+    guess, sizes = predicted(rates), count()
+
+    def got(name, engine, form="{:.2f}", key="ratio_to_step"):
+        row = ratios.get((name, engine))
+        return form.format(row[key]) if row and row[key] is not None else "cannot"
+
+    roofline = ["| network | operations of a step | bytes: step | naive | fused, unfolded | fused |", "|---|---:|---:|---:|---:|---:|"]
+    for name in NETWORKS:
+        s = sizes[name]
+        roofline.append(f"| {name} | {s['step'][0] / 1e9:.2f} G | " + " | ".join(f"{s[way][1] / 1e6:,.0f} MB" for way in WAYS) + " |")
+    gains = ["| network | naive: predicted | measured (best peer) | fused, unfolded: predicted | measured | fused: predicted | measured |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for name in NETWORKS:
+        best = min((ratios[name, e]["ratio_to_step"] for e in peers if (name, e) in ratios), default=None)
+        g = guess[name]
+        gains.append(f"| {name} | {g['naive']:.2f} | {'' if best is None else f'{best:.2f}'} | {g['fused-unfolded']:.2f} | {got(name, 'fused-unfolded')} | {g['fused']:.2f} | {got(name, 'fused')} |")
+    shown = ["step-folded", "fused", "vmap", *peers, "loop"]
+    measured = ["| network, batch | step, images/s | " + " | ".join(shown) + " |", "|---|---:|" + "---:|" * len(shown)]
+    for name in NETWORKS:
+        step = ratios.get((name, "step"))
+        if step:
+            measured.append(f"| {name}, {step['batch_size']} | {step['images_per_s']:,.1f} | " + " | ".join(got(name, e) for e in shown) + " |")
+    memory = ["| network | step | " + " | ".join(shown) + " | error of fused |", "|---|---:|" + "---:|" * (len(shown) + 1)]
+    for name in NETWORKS:
+        if (name, "step") in ratios:
+            floor = ratios[name, "step"]["peak_bytes"]
+            over = [f"{ratios[name, e]['peak_bytes'] / floor:.2f}" if (name, e) in ratios else "cannot" for e in shown]
+            memory.append(f"| {name} | {floor / 1e6:,.0f} MB | " + " | ".join(over) + f" | {got(name, 'fused', '{:.0e}', 'relative_error')} |")
+    line = ["| what | measured | beside | | ratio |", "|---|---:|---|---:|---:|"]
+    for file in sorted(DATA.glob("index*.json")) + sorted(DATA.glob("pipeline*.json")):
+        title = {"index": "index of 10,000 x 2,032"}.get(file.stem, file.stem.replace("-", ", "))
+        for row in json.loads(file.read_text(encoding="utf-8")):
+            floor = f"{row['beside']} | {row['floor']:,.3g} {row['unit']} | {row['ratio']:.2f}" if row["floor"] is not None else " | | "
+            line.append(f"| {title}: {row['what']} | {row['value']:,.3g} {row['unit']} | {floor} |")
+    return {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory)}
+
+
+def page() -> str:
+    """docs/performance.md with its tables; the words around them are the page's own."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in tables().items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        assert begin and end, f"docs/performance.md has no place for '{name}'"
+        text = f"{before}{begin}\n{table}\n\n{end}{after}"
+    return text
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["machine"]:
+        DATA.mkdir(parents=True, exist_ok=True)
+        (DATA / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
+    else:
+        PAGE.write_text(page(), encoding="utf-8")
