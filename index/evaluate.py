@@ -17,7 +17,7 @@ from PIL import Image
 
 from index.build import normalise
 from index.run import pair_of
-from pipeline.errors import BadRequest
+from pipeline.errors import BadRequest, closest, printable
 from pipeline.experiment import Choice, Rows
 from pipeline.filters import FilterLayout
 from pipeline.manifest import Manifest
@@ -42,7 +42,7 @@ def ends(layout: FilterLayout, split: str | None) -> tuple[slice, slice]:
         third = max(1, layout.total // 3)
         return slice(0, third), slice(layout.total - third, layout.total)
     if split not in layout.slices:
-        layout.columns(split)  # says what there is
+        raise BadRequest(f"--split: this network has no layer '{printable(split)}'; close to it: {closest(split, layout.slices)} (all of them: run.json, \"layers\")")
     at = layout.slices[split].stop
     if at == layout.total:
         raise BadRequest(f"--split: '{split}' is the last layer, nothing comes after it: name an earlier one")

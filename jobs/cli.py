@@ -204,7 +204,7 @@ def neighbors(
     name: Name = None,
     everyone: Annotated[bool, typer.Option("--all", help="Correctly classified samples ask too.")] = False,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Print how often neighbours share the (true, predicted) pair, beside chance, and write section 3.2 of the paper whole into experiments/neighbors.")] = False,
-    split: Annotated[Optional[str], typer.Option(help="Of --evaluate: compare the layers up to this one with those after it. Default: the first third of the filters with the last.")] = None,
+    split: Annotated[Optional[str], typer.Option(help="Of --evaluate: compare the layers up to this one with those after it. Default: the first third of the filters with the last. The paper's split of VGG-19, after relu4_1, is features.19.")] = None,
     max_samples: Annotated[Optional[int], typer.Option(help="Of --evaluate: only N errors, chosen by --seed. Default: all.")] = None,
     seed: Seed = 0,
     actors: Actors = None,

@@ -17,7 +17,7 @@ from index.evaluate import Evaluation, Search, chances, ends
 from jobs import charts, sheet
 from jobs.experiment import Request, carry_out
 from pipeline.experiment import Choice
-from pipeline.intervals import Interval, bootstrap_mean, bootstrap_means
+from pipeline.intervals import FEW, Interval, bootstrap_mean, bootstrap_means
 from pipeline.statistics import Reference
 from pipeline.store import Store, read_table
 
@@ -138,7 +138,7 @@ def _at(curve: dict, k: int, n: int) -> Interval:
 def _result(summary: dict) -> dict[str, float]:
     """Plain numbers for stdout, at the `near` nearest."""
     k, n = summary["near"], summary["queries"]
-    flat = {}
+    flat = {"evaluated": n}
     for name, curve in {**{f"either_{s}": summary["pair_shares"][s]["either"] for s in ("standardised", "unstandardised", "first", "last")}, "errors_among_all": summary["error_shares"]}.items():
         interval = _at(curve, min(k, len(curve["mean"])), n)
         flat |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
@@ -152,13 +152,15 @@ def found(summary: dict) -> str:
     share = {setting: _at(summary["pair_shares"][setting]["either"], min(k, len(summary["pair_shares"][setting]["either"]["mean"])), n) for setting in ("standardised", "unstandardised", "first", "last")}
     wrong = _at(summary["error_shares"], min(k, len(summary["error_shares"]["mean"])), n)
     text = (
-        f"of the {k} nearest errors {share['standardised'].text(3)} confuse the same two classes, by chance {summary['chance']:.3f}, without standardisation {share['unstandardised'].text(3)}, "
+        f"{n:,} error{'s' * (n != 1)} of {summary['dataset']} asked; of the {k} nearest errors {share['standardised'].text(3)} confuse the same two classes, by chance {summary['chance']:.3f}, without standardisation {share['unstandardised'].text(3)}, "
         f"by the first layers {share['first'].text(3)}, by the last {share['last'].text(3)}; of the {k} nearest of all samples {wrong.text(3)} are errors (base rate {summary['base_rate']:.3f})"
     )
+    if n < FEW:
+        return f"{text}; {n:,} are too few to conclude anything from"
     if not summary["colour_differences"]:
         return text
     gap, chance = (Interval(**summary["colour_differences"][f"first_minus_{other}"]) for other in ("last", "random"))
-    closer = "closer in colour than" if gap.high < 0 else "further apart in colour than" if gap.low > 0 else "no closer in colour than"
+    closer = "closer in colour than" if gap.high < 0 else "further apart in colour than" if gap.low > 0 else "not clearly closer in colour than"
     return f"{text}; neighbours by the first layers are {closer} those by the last ({gap.text(3, '+')}), {'closer' if chance.high < 0 else 'not clearly closer'} than random errors ({chance.text(3, '+')})"
 
 

@@ -108,15 +108,16 @@ def carry_out(verb: Verb, request: Request) -> dict:
     fresh = _discards(store, name, settings, request.fresh)
     folder = results_folder(store.run, name)
     with hold(folder / ".lock", store.run, f"another job is writing {printable(folder)}: wait for it"):
-        if fresh or not (folder / "settings.json").exists():
-            _discard(folder)
-        done = {file.stem for file in results(store.run, name)}
+        fresh = fresh or not (folder / "settings.json").exists()
+        done = set() if fresh else {file.stem for file in results(store.run, name)}
         todo = [(unit, count) for unit, count in chosen if unit.stem not in done]
         if experiment.images and todo:
             _refuse_changed_source(store, dataset, {unit.shard for unit, _ in todo})
             for other in verb.also:
                 _refuse_changed_source(store, other, {shard.name for shard in store.census(other).asked})
             verb.check(store, unpack(Gatherer.of(store, dataset, choice, (), True).gather(todo[0][0]))[0][:3])
+        if fresh:  # nothing is left that could be refused
+            _discard(folder)
         if todo:
             say(f"{name}: {verb.cost(samples)}" + (f"; {len(done)} of {len(chosen)} units are done" if done else ""))
             _do(store, experiment, request, dataset, choice, todo, samples, settings)

@@ -20,7 +20,7 @@ from jobs.neighbors import own_rows
 from jobs.prune import filters_of, grid_of, of_layers
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Choice, Rows, batches, gathered, images_of, network_of
-from pipeline.intervals import Interval, bootstrap_mean, wilson
+from pipeline.intervals import FEW, Interval, bootstrap_mean, wilson
 from pipeline.manifest import Manifest
 from pipeline.samples import Sample
 from pipeline.statistics import Reference
@@ -169,8 +169,26 @@ class FineTune:
                     known["corrected"] = wilson(int(columns["corrected"].sum()), len(columns["corrected"]))
                     effects.append({"strategy": strategy, "k": k, "rate": rate} | {column: known[column].to_json() for column in EFFECTS if column in known})
         steps = len(effects)
-        summary = {"dataset": dataset, "within": self.experiment.within, "samples": rows.num_rows // steps, "dead_filters": int((~reference.live).sum()), "k": list(self.experiment.grid), "rates": list(self.experiment.rates), "layers": self.experiment.layers, "effects": effects}
+        summary = {"scope": self.experiment.scope, "paired": self._paired(rows), "dataset": dataset, "within": self.experiment.within, "samples": rows.num_rows // steps, "dead_filters": int((~reference.live).sum()), "k": list(self.experiment.grid), "rates": list(self.experiment.rates), "layers": self.experiment.layers, "effects": effects}
         return summary | {"result": _result(summary), "found": found(summary)}
+
+    def _paired(self, rows: pa.Table) -> list[dict]:
+        """Of every strategy the difference from the most salient filters' step, at the k and rate that the sentence is about, on the same samples."""
+        e = self.experiment
+        rate, k = min(e.rates, key=lambda rate: abs(rate - RATES[0])), min(e.grid, key=lambda k: abs(k - NEAR))
+        of = {}
+        for strategy in STRATEGIES:
+            table = rows.filter(pc.and_(pc.equal(rows["strategy"], strategy), pc.equal(rows["rate"], rate)))
+            of[strategy] = (table if strategy in ("all", "conv") else table.filter(pc.equal(table["k"], k))).sort_by("sample_id")
+        found = []
+        for strategy in [s for s in STRATEGIES if s != "salient"]:
+            one = {"strategy": strategy, "minus": "salient", "k": k, "rate": rate}
+            for column in ("neighbors_corrected", "broken"):
+                a, b = (of[s][column].to_numpy(zero_copy_only=False).astype(np.float64) for s in (strategy, "salient"))
+                known = np.isfinite(a) & np.isfinite(b)
+                one |= {column: bootstrap_mean((a - b)[known], e.seed).to_json()} if known.any() else {}
+            found.append(one)
+        return found
 
     def draw(self, store: Store, summary: dict, folder: Path) -> None:
         asked = f"one step on one of {summary['samples']:,} errors of {summary['dataset']}, tried on {summary['within']}"
@@ -196,6 +214,11 @@ def finetune(request: Request, within: str, ks: str | None, rates: str | None, s
     run = Run.open(request.run)
     index = run.index(index_name)
     index.range_of(within)
+    if index.about["subset"] != "errors":
+        raise BadRequest(f"--name: the index {printable(index.folder.name)} holds correctly classified samples too, and a step is tried on the nearest errors: name an index of errors (faultline index --run {printable(request.run)})")
+    held = np.concatenate([b["label"].to_numpy() != b["prediction"].to_numpy() for _, _, b in run.store.blocks(within, ["label", "prediction"], 65536)] or [np.zeros(0, bool)])
+    if held.all() or not held.any():
+        raise BadRequest(f"--in: {printable(within)} has no {'correctly classified' if len(held) and held.all() else 'misclassified'} sample to try a step on: name another data set")
     if scope not in SCOPES:
         raise BadRequest(f"--scope: '{printable(scope)}' is not one of {', '.join(SCOPES)}")
     total = filters_of(run.manifest.layers, layers)
@@ -250,4 +273,6 @@ def found(summary: dict) -> str:
         return f"{summary['within']} has no misclassified, or no correctly classified sample to try a step on"
     words = [f"{name} {effects[s]['neighbors_corrected'].text(3)} and {effects[s]['broken'].text(3)}" for s, name in STRATEGIES.items() if s != "conv"]
     k = _of(summary, "salient")["k"]
-    return f"a step of {k} filter{'s' * (k != 1)}{of_layers(summary)} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}"
+    way = "" if summary.get("scope", SCOPES[0]) == SCOPES[0] else f", each by its own norm and so {k} times as much in all,"
+    few = f"; {summary['samples']:,} are too few to conclude anything from" if summary["samples"] < FEW else ""
+    return f"{summary['samples']:,} error{'s' * (summary['samples'] != 1)} of {summary['dataset']}: a step of {k} filter{'s' * (k != 1)}{of_layers(summary)}{way} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}{few}"

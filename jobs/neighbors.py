@@ -106,7 +106,7 @@ def evaluate(run: Run, out: Path, within: str | None, name: str | None) -> Agree
     """How often the neighbours in `out` share their query's (label, prediction) pair or its reverse, beside chance (paper, section 3.2)."""
     table = pq.read_table(out, columns=["query_dataset", "query_id", "query_label", "query_prediction", "rank", "pair"])
     if not table.num_rows:
-        raise BadRequest(f"{printable(out)} holds no neighbours to evaluate: there was no misclassified sample to ask for")
+        raise BadRequest(f"{printable(out)} holds no neighbours to evaluate: no misclassified sample asked, or {printable(within) if within else 'the index'} has none to be found")
     share = {kind: pc.mean(pc.equal(table["pair"], kind)).as_py() for kind in ("same", "reverse")}
     first = table.filter(pc.equal(table["rank"], 1))
     index = run.index(name)

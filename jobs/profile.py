@@ -15,7 +15,7 @@ from jobs.progress import ProgressBar
 from pipeline.depth import DepthProfile, parts, sorted_within_layers
 from pipeline.errors import printable
 from pipeline.experiment import Choice, results_folder
-from pipeline.intervals import bootstrap_difference, bootstrap_mean, bootstrap_means, Interval
+from pipeline.intervals import FEW, bootstrap_difference, bootstrap_mean, bootstrap_means, Interval
 from pipeline.statistics import Moments, Reference
 from pipeline.store import Store, saliency_of
 
@@ -119,6 +119,11 @@ def found(groups: dict, summary: dict) -> str:
     salience, gap = ({name: Interval(**groups[name][key]) for name in GROUPS} for key in ("saliency", "deep_minus_early"))
     difference = Interval(**summary["saliency_difference"])
     more = "more salient than" if difference.low > 0 else "less salient than" if difference.high < 0 else "not clearly more salient than"
+    if min(groups[name]["samples"] for name in GROUPS) < FEW:
+        return (
+            f"{groups['misclassified']['samples']:,} misclassified and {groups['correct']['samples']:,} correct samples are too few to conclude anything from "
+            f"(mean standardised saliency {salience['misclassified'].text()} against {salience['correct'].text()})"
+        )
     where = {name: "the deep layers stand out" if gap[name].low > 0 else "the early layers stand out" if gap[name].high < 0 else "neither end of the network stands out" for name in GROUPS}
     return (
         f"misclassified samples are {more} correct ones (mean standardised saliency {salience['misclassified'].text()} against {salience['correct'].text()}); "

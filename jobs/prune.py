@@ -15,7 +15,7 @@ from jobs.experiment import Request, carry_out
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Rows, batches, images_of, network_of
 from pipeline.filters import FilterLayout
-from pipeline.intervals import Interval, bootstrap_means, wilson
+from pipeline.intervals import FEW, Interval, bootstrap_mean, bootstrap_means, wilson
 from pipeline.samples import Sample
 from pipeline.statistics import Reference
 from pipeline.store import Store, saliency_of
@@ -24,6 +24,7 @@ GRID = (1, 2, 5, 10, 20, 50, 100)
 STRATEGIES = {"salient": "most salient", "random": "random", "random_live": "random, live alone", "least": "least salient, live alone"}
 MODES = ("map", "weights-and-bias")
 SCHEMA = pa.schema([("sample_id", pa.string()), ("strategy", pa.string()), ("k", pa.int32()), ("wrong_confidence_change", pa.float64()), ("true_confidence_change", pa.float64()), ("corrected", pa.bool_())])
+PAIRS = (("salient", "random_live"), ("random_live", "least"))  # whose difference on the same samples the sentence is about
 NEAR = 20  # filters that the sentence is about, or the grid's nearest
 
 
@@ -93,17 +94,21 @@ class Prune:
         return f"{samples:,} misclassified samples x {len(STRATEGIES)} strategies x {len(self.experiment.grid)} sizes = {pairs:,} prunings, each a forward of one image or less"
 
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
-        """Of every strategy and k the mean changes with bootstrap intervals over samples, and the share corrected with Wilson's."""
+        """Of every strategy and k the mean changes with bootstrap intervals over samples, and the share corrected with Wilson's; `paired`: of the shares
+        corrected the differences on the same samples, at the k that the sentence is about."""
         curves: dict[str, dict] = {}
+        at = int(np.argmin(np.abs(np.array(self.experiment.grid) - NEAR)))
+        corrected: dict[str, np.ndarray] = {}
         for strategy in STRATEGIES:
             table = rows.filter(pc.equal(rows["strategy"], strategy))
             by = {column: table[column].to_numpy().reshape(-1, len(self.experiment.grid)).astype(np.float64) for column in SCHEMA.names[3:]}
             curves[strategy] = {column: dict(zip(("mean", "low", "high"), (v.tolist() for v in bootstrap_means(by[column], self.experiment.seed)))) for column in SCHEMA.names[3:5]}
+            corrected[strategy] = by["corrected"][:, at]
             shares = [wilson(int(column.sum()), len(column)) for column in by["corrected"].T]
             curves[strategy]["corrected"] = {"mean": [s.estimate for s in shares], "low": [s.low for s in shares], "high": [s.high for s in shares]}
         samples = rows.num_rows // (len(STRATEGIES) * len(self.experiment.grid))
         summary = {"dataset": dataset, "samples": samples, "k": list(self.experiment.grid), "mode": self.experiment.mode, "layers": self.experiment.layers, "dead_filters": int((~reference.live).sum()), "curves": curves}
-        at = int(np.argmin(np.abs(np.array(self.experiment.grid) - NEAR)))
+        summary["paired"] = {f"{a}_minus_{b}": bootstrap_mean(corrected[a] - corrected[b], self.experiment.seed).to_json() for a, b in PAIRS}
         result = {"samples": samples, "dead_filters": summary["dead_filters"], "k": self.experiment.grid[at]}
         result |= {f"{column}_{strategy}": curves[strategy][column]["mean"][at] for column in SCHEMA.names[3:] for strategy in STRATEGIES}
         return summary | {"result": result, "found": found(summary, at)}
@@ -113,7 +118,8 @@ class Prune:
         for figure, column, up in (("wrong_confidence", "wrong_confidence_change", "change of the wrong class's confidence"), ("true_confidence", "true_confidence_change", "change of the true class's confidence"), ("corrected", "corrected", "share corrected")):
             bands = {name: tuple(summary["curves"][strategy][column][key] for key in ("mean", "low", "high")) for strategy, name in STRATEGIES.items()}
             dead = f"{summary['dead_filters']:,} dead filter{' is' if summary['dead_filters'] == 1 else 's are'}"
-            note = f"bands: 95% intervals over samples; {dead} chosen by 'random' alone"
+            way = "" if summary["mode"] == MODES[0] else "weights and bias alone; "
+            note = f"{way}bands: 95% intervals over samples; {dead} chosen by 'random' alone"
             charts.curves(folder / figure, summary["k"], bands, charts.Words(f"Filters turned off in {asked}", f"filters{of_layers(summary)} turned off", up, note), log=True)
 
 
@@ -158,8 +164,10 @@ def found(summary: dict, at: int) -> str:
 
     share = {s: interval(s, "corrected") for s in STRATEGIES}
     drop = {s: interval(s, "wrong_confidence_change") for s in STRATEGIES}
-    clear = share["salient"].low > share["random_live"].high and share["random_live"].low > share["least"].high
+    apart = [Interval(**summary["paired"][f"{a}_minus_{b}"]) for a, b in PAIRS]
+    doubt = f"; {n:,} are too few to conclude anything from" if n < FEW else "" if all(gap.low > 0 for gap in apart) else " (not all clearly apart)"
+    way = "" if summary["mode"] == MODES[0] else ", weights and bias alone,"
     return (
-        f"turning off the {summary['k'][at]} most salient filters{of_layers(summary)} corrects {share['salient'].text(3)} of {n:,} misclassified samples, random live ones {share['random_live'].text(3)}, the least salient {share['least'].text(3)}"
-        f"{'' if clear else ' (these intervals are not all apart)'}; the wrong class's confidence changes by {drop['salient'].text(3, '+')}, {drop['random_live'].text(3, '+')} and {drop['least'].text(3, '+')}"
+        f"turning off the {summary['k'][at]} most salient filters{of_layers(summary)}{way} corrects {share['salient'].text(3)} of {n:,} misclassified samples, random live ones {share['random_live'].text(3)}, the least salient {share['least'].text(3)}"
+        f", on the same samples {apart[0].text(3, '+')} and {apart[1].text(3, '+')} more than the next{doubt}; the wrong class's confidence changes by {drop['salient'].text(3, '+')}, {drop['random_live'].text(3, '+')} and {drop['least'].text(3, '+')}"
     )

@@ -1,6 +1,8 @@
 """95% intervals: of means over samples, of differences of means, and of shares.
 
 A bootstrap draws samples with replacement. What several rows say of one sample must be averaged first: samples are independent, rows are not.
+Of few samples a bootstrap is far too sure (two of them cover half the time); below `SMALL` the interval is Student's, and below `FEW` no verdict
+should rest on it.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr, ndtri, stdtrit
 
 LEVEL = 0.95
+SMALL = 20  # samples below which an interval is Student's
+FEW = 10  # samples below which nothing is concluded
 RESAMPLES = 2000
 BLOCK = 2**22  # draws held at once: 32 MiB
 
@@ -34,14 +38,18 @@ class Interval:
 
 
 def bootstrap_means(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean, low, high), float64 [M], of values [N, M] over N samples: BCa intervals (Efron, 1987), every column with the same draws.
+    """(mean, low, high), float64 [M], of values [N, M] over N samples: BCa intervals (Efron, 1987), every column with the same draws;
+    of fewer than `SMALL` samples Student's, which may leave the range of the values.
 
-    A column without spread, or a single sample, has an interval of length 0. Raises ValueError for no sample.
+    A column without spread, or a single sample, has an interval of length 0, which says nothing. Raises ValueError for no sample.
     """
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("an interval needs at least one sample")
     mean = values.mean(0)
+    if len(values) < SMALL:
+        half = _student(values, len(values) - 1, level)
+        return mean, mean - half, mean + half
     centred = values - mean  # so that sums of large numbers do not hide small spreads
     drawn = np.concatenate([counts @ centred for counts in _draws(len(values), seed, resamples)]) / len(values)  # [R, M]
     below = ((drawn < 0).mean(0) + (drawn <= 0).mean(0)) / 2
@@ -64,7 +72,14 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
 
 
 def bootstrap_difference(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
-    """Of mean(a) - mean(b), two independent groups of samples [N], [M]: percentile interval, each group drawn by itself. n is that of both."""
+    """Of mean(a) - mean(b), two independent groups of samples [N], [M]: percentile interval, each group drawn by itself; Student's (Welch, 1947) where
+    a group has fewer than `SMALL`, of length 0 where one has a single sample. n is that of both."""
+    if 1 <= min(len(a), len(b)) < SMALL:
+        difference = float(np.mean(a) - np.mean(b))
+        errors = [float(np.var(part, ddof=1)) / len(part) if len(part) > 1 else 0.0 for part in (a, b)]
+        freedom = sum(errors) ** 2 / sum(e**2 / (len(part) - 1) for e, part in zip(errors, (a, b)) if e) if any(errors) else 1.0
+        half = float(stdtrit(freedom, (1 + level) / 2)) * sum(errors) ** 0.5 if min(len(a), len(b)) > 1 else 0.0
+        return Interval(difference, difference - half, difference + half, len(a) + len(b))
     drawn = []
     for part, stream in ((a, 0), (b, 1)):
         part = np.asarray(part, np.float64)
@@ -84,6 +99,11 @@ def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return Interval(share, float(max(0.0, middle - half)), float(min(1.0, middle + half)), n)
+
+
+def _student(values: np.ndarray, freedom: int, level: float) -> np.ndarray:
+    """Half the length [M] of Student's interval of the mean of values [N, M]; 0 for a single sample."""
+    return stdtrit(freedom, (1 + level) / 2) * values.std(0, ddof=1) / np.sqrt(len(values)) if freedom else np.zeros(values.shape[1])
 
 
 def _draws(n: int, seed, resamples: int) -> Iterator[np.ndarray]:

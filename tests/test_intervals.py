@@ -103,3 +103,24 @@ def test_an_interval_of_shares_does_not_leave_them():
             shares[:ones] = 0.1
             mean, low, high = bootstrap_means(np.stack([shares, 1 - shares], 1))
             assert (low >= 0).all() and (high <= 1).all() and (low <= mean).all() and (mean <= high).all()
+
+
+@pytest.mark.parametrize("n", [2, 4, 6, 12, 19])
+def test_an_interval_of_few_samples_is_honest_about_it(n):
+    """A bootstrap of two samples covers half the time; Student's covers as often as it says, or nearly."""
+    assert covered(lambda r: bootstrap_mean(r.beta(2, 2, n), seed=1), 0.5) >= 0.92
+
+
+@pytest.mark.parametrize("sizes", [(3, 20), (5, 5), (12, 200)])
+def test_an_interval_of_a_difference_of_few_samples_is_honest_too(sizes):
+    assert covered(lambda r: bootstrap_difference(r.normal(1, 2, sizes[0]), r.normal(0, 1, sizes[1]), seed=1, resamples=300), 1) >= 0.92
+
+
+def test_an_interval_of_few_samples_is_scipys():
+    from scipy.stats import ttest_1samp, ttest_ind
+
+    a, b = np.random.default_rng(3).normal(0, 1, 7), np.random.default_rng(4).normal(1, 3, 11)
+    ours, theirs = bootstrap_mean(a), ttest_1samp(a, 0).confidence_interval()
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    ours, theirs = bootstrap_difference(a, b), ttest_ind(a, b, equal_var=False).confidence_interval()
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
