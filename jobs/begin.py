@@ -155,14 +155,14 @@ def _described(asked: Asked, seen: Look) -> Manifest:
     return describe(asked, seen, asked.load())
 
 
-def examine(seen: Look, network: torch.nn.Module, manifest: Manifest, devkit: dict[int, str] | None = None) -> Diagnosis:
+def examine(seen: Look, network: torch.nn.Module, manifest: Manifest, devkit: dict[int, str] | None = None, tell: Callable[[str], None] = lambda text: None) -> Diagnosis:
     """The doctor's diagnosis, computed on this machine's GPU if it has one, and what part of the network a profile covers."""
     import torch
 
     from pipeline import doctor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = doctor.examine(network.to(device), manifest.preprocessing, seen, manifest.classes, manifest.promised_top1, devkit, device, manifest.batch_size)
+    found = doctor.examine(network.to(device), manifest.preprocessing, seen, manifest.classes, manifest.promised_top1, devkit, device, manifest.batch_size, tell)
     found.warnings.extend(filter(None, [coverage(network)[1]]))
     return found
 

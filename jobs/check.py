@@ -93,7 +93,7 @@ def check(spec: str, model: str, weights: str | None = None, preprocess: str | N
     decoding = (time.monotonic() - start) / max(1, len(seen.samples))
     manifest = begin.describe(begin.Asked(model, weights, preprocess, device=device), seen, classifier)
     say(f"classifying {len(seen.samples)} images")
-    found = begin.examine(seen, classifier.network, manifest, order)
+    found = begin.examine(seen, classifier.network, manifest, order, say)
     rate, row_bytes, lost = cost(seen, classifier.network, manifest, device, decoding)
     warnings = [*source.advice(names), *filter(None, [lost]), *found.warnings]
     labels = [s.label for s in seen.samples]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -112,11 +112,11 @@ class Diagnosis:
         return self.correct / self.seen if self.seen else 0.0
 
 
-def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, classes: int, promised: float | None, devkit: dict[int, str] | None = None, device: str = "cpu", batch: int = 8) -> Diagnosis:
+def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, classes: int, promised: float | None, devkit: dict[int, str] | None = None, device: str = "cpu", batch: int = 8, tell: Callable[[str], None] = lambda text: None) -> Diagnosis:
     """What top-1 on the samples of a look says about labels and preprocessing.
 
     network: eval mode, on `device`; classes: C; promised: top-1 that the weights are known for, 0..1; devkit: ILSVRC2012_ID -> WordNet ID.
-    Mistakes in the pixels, which cost a forward each, are looked for where top-1 is below the promise, or where there is none.
+    Mistakes in the pixels, which cost a forward each, are looked for where top-1 is below the promise, or where there is none; `tell` hears of each.
     """
     def logits(recipe: Preprocessing = preprocessing, reverse: bool = False) -> torch.Tensor:
         return _classify(network, recipe, [s.pixels for s in seen.samples], reverse, device, batch)
@@ -141,8 +141,12 @@ def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, 
     if len(set(labels.tolist())) >= min(KINDS, classes):
         found = _explained(found, right, ((m, as_is.argmax(1).numpy() == m.labels, found.confidence) for m in label_mistakes(labels, order, classes, devkit)))
         if not found.mistake and (promised is None or bounds.high < promised):
-            answers = ((m, logits(m.preprocessing, m.reverse)) for m in pixel_mistakes(preprocessing))
-            found = _explained(found, right, ((m, a.argmax(1).numpy() == labels, float(a.softmax(1).amax(1).mean())) for m, a in answers))
+            tried = []
+            for mistake in pixel_mistakes(preprocessing):
+                tell(f"trying: {mistake.text}")
+                answer = logits(mistake.preprocessing, mistake.reverse)
+                tried.append((mistake, answer.argmax(1).numpy() == labels, float(answer.softmax(1).amax(1).mean())))
+            found = _explained(found, right, tried)
     _judge(found, right, as_is, classes)
     return found
 

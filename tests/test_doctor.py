@@ -119,6 +119,7 @@ def test_a_few_class_folders_of_imagenet_are_not_classes_0_to_n(tmp_path):
 
 def test_colours_the_wrong_way_round(tmp_path):
     ended = check(write(tmp_path, image=lambda label: colour(label, reverse=True)))
+    assert "trying: red and blue are the wrong way round" in ended.err  # a user sees what it is at
     assert ended.code == 2 and ended.json["mistake"] == "RGB/BGR" and ended.json["top1_undone"] == 1.0 and "RGB" in ended.err
 
 

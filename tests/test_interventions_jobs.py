@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import intervention_oracles as naive
@@ -181,8 +182,6 @@ def test_other_settings_are_refused_by_name(copied):
 
 
 def test_a_held_out_source_that_is_gone_is_refused(small, tmp_path):
-    import shutil
-
     mine = tiny.Small(tmp_path / "run", tmp_path / "sources")
     shutil.copytree(small.run, mine.run)
     shutil.copytree(small.sources, mine.sources)
@@ -190,3 +189,39 @@ def test_a_held_out_source_that_is_gone_is_refused(small, tmp_path):
         census.write_text(census.read_text().replace(str(small.sources), str(mine.sources)))
     shutil.rmtree(mine.sources / "v2")
     assert "the images of v2 are read again" in tiny.call("finetune", "--run", mine.run, "--from", "val", "--in", "v2", "-k", "1").refused()
+
+
+def test_fresh_discards_nothing_that_cannot_be_made_again(small, tmp_path):
+    """With a source that is gone a run is refused, and the earlier rows and numbers are there as before."""
+    shutil.copytree(small.run, tmp_path / "run")
+    shutil.copytree(small.sources, tmp_path / "sources")
+    census = tmp_path / "run/datasets/val.json"
+    census.write_text(census.read_text().replace(str(small.sources), str(tmp_path / "sources")))
+    assert tiny.call("prune", "--run", tmp_path / "run", "-k", "1").code == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run/experiments/prune").glob("*") if p.is_file()}
+    for shard in (tmp_path / "sources").rglob("*.tar"):
+        shard.unlink()
+    assert "is not what was extracted" in tiny.call("prune", "--run", tmp_path / "run", "-k", "2", "--fresh").refused()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run/experiments/prune").glob("*") if p.is_file()} == before
+
+
+def test_a_step_is_tried_on_errors_alone(copied):
+    """An index of all samples would give neighbours that are right already."""
+    assert tiny.call("index", "--run", copied.run, "--subset", "all", "--name", "everything").code == 0
+    words = ("finetune", "--run", copied.run, "--from", "val", "--in", "v2", "-k", "1")
+    assert "the index everything holds correctly classified samples too" in tiny.call(*words, "--name", "everything").refused()
+
+
+def test_few_samples_conclude_nothing(copied):
+    for verb, words in (("prune", ()), ("finetune", ("--from", "val", "--in", "v2"))):
+        ended = tiny.call(verb, "--run", copied.run, "-k", "1", "--max-samples", 2, *words)
+        assert ended.code == 0 and "too few to conclude anything from" in ended.err.splitlines()[-1]
+
+
+def test_shares_corrected_are_compared_on_the_same_samples(copied):
+    assert tiny.call("prune", "--run", copied.run, "-k", "3").code == 0
+    rows = rows_of(copied.run / "experiments/prune")
+    of = {s: np.array([row["corrected"] for row in sorted(rows, key=lambda row: row["sample_id"]) if row["strategy"] == s], float) for s in ("salient", "random_live", "least")}
+    for pair, interval in summary_of(copied.run, "prune")["paired"].items():
+        a, b = pair.split("_minus_")
+        assert interval["estimate"] == pytest.approx((of[a] - of[b]).mean()) and interval["n"] == len(of[a])
