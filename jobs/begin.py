@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch is loaded for new data sets alone
 
 LOOK, AGAIN = 64, 256  # samples that every new data set is judged by, and where those puzzle
 TRIAL = 3  # images on which an engine is chosen
+TRIES = 4  # times that a network is tried, each time on other images, where some kill its process
 
 
 def load_model(model: str, weights: str | None, preprocess: str | None, precision: str | None, device: str | None, address: str | None = None) -> Classifier:
@@ -142,10 +143,10 @@ def judged(asked: Asked, seen: Look, manifest: Manifest | None, classifier: Clas
 
 
 def _described_alone(asked: Asked, seen: Look) -> Manifest:
-    """By the images that the network is tried on, or by others where it died on those. Raises BadRequest if it dies on these too."""
-    for samples in (seen.samples, seen.samples[::-1]):
+    """By a few images, or by others where the network died on those. Raises BadRequest if it dies on all of them."""
+    for few in filter(None, (seen.samples[at::TRIES][:TRIAL] for at in range(TRIES))):
         try:
-            return apart(_described, asked, replace(seen, samples=samples))
+            return apart(_described, asked, replace(seen, samples=few))
         except Died as died:
             death = died
     raise BadRequest(f"--model: the process of {printable(asked.model)} ends ({death}) when it is given images of this source: is there enough memory, and does the network run by itself?")

@@ -29,6 +29,7 @@ MakeWriter = Callable[[], Callable[[pa.Table], Receipt]]  # picklable; called on
 
 SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless one is asked for
 DECODE_CPUS = 0.5  # that a decode task reserves
+SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE"}  # of every worker: threads that spin beside decoders cost up to 20 times
 ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
 
 
@@ -119,12 +120,13 @@ def _start(address: str | None):
     for handler in [h for h in log.handlers if isinstance(h, logging.StreamHandler)]:
         log.removeHandler(handler)  # the terminal; its file in Ray's session folder stays
     if not ray.is_initialized():
-        quiet = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}}
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
             with _muted(), _own_sigterm():
                 if joins(address):
-                    ray.init(address=address or os.environ["RAY_ADDRESS"], **quiet)
-                else:
+                    ray.init(address=address or os.environ["RAY_ADDRESS"], runtime_env={"env_vars": SETTINGS}, **quiet)
+                else:  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
+                    os.environ.update(SETTINGS)
                     ray.init(address="local", include_dashboard=False, **quiet)
         except Exception as fault:
             reason = str(fault).strip().splitlines()

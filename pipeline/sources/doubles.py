@@ -29,11 +29,11 @@ class Ids:
         return shard
 
     def refuse_doubles(self) -> None:
-        """Raises BadRequest naming an ID that stands twice, and both places."""
+        """Raises BadRequest naming an ID that stands twice, and both places, the earlier shard first."""
         every = np.sort(np.concatenate([np.frombuffer(h, np.int64) for h in self.hashes.values() if h] or [np.zeros(0, np.int64)]))
         suspects = set(every[1:][every[1:] == every[:-1]].tolist())
         found: dict[str, str] = {}
-        for name in self.hashes if suspects else ():
+        for name in sorted(self.hashes) if suspects else ():
             if suspects.isdisjoint(self.hashes[name]):
                 continue
             doubles: list[tuple[str, str, str]] = []
