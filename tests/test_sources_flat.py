@@ -173,7 +173,7 @@ def test_bad_devkit_is_refused_by_file(tmp_path, file, content, message, packed)
         source.census(name)
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", gzip.compress(bytes(4000))[:20]])
+@pytest.mark.parametrize("content", [b"", b"junk", gzip.compress(bytes(4000))[:20]], ids=["empty", "junk", "cut off"])
 def test_damaged_devkit_archive_is_refused(tmp_path, content):
     (tmp_path / f"{DEVKIT}.tar.gz").write_bytes(content)
     source, (name,) = open_source(str(write_val(tmp_path / "val")))
