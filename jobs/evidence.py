@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -82,6 +83,37 @@ def finetune(
     _told(job(request, within, ks, rates, scope, layers, name), format)
 
 
+def explain(
+    target: Annotated[str, typer.Argument(metavar="ID|FILE", help="sample_id, or dataset:sample_id, of --run; or an image file, with --label.", show_default=False)],
+    run: Annotated[Optional[Path], typer.Option("--run", help="The run directory. A FILE needs none where --model and --statistics are given.", show_default=False)] = None,
+    label: Annotated[Optional[int], typer.Option(help="Of a FILE: its true class, as a number.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="Of a FILE without a run: the network, as in extract.")] = None,
+    weights: Annotated[Optional[str], typer.Option(help="Its weights, as in extract.")] = None,
+    preprocess: Annotated[Optional[str], typer.Option(help="Its preprocessing, as in extract.")] = None,
+    statistics: Annotated[Optional[Path], typer.Option(help="Of a FILE without a run: mu and sigma, a run's statistics/NAME.parquet or published ones (.pth).")] = None,
+    aggregation: Annotated[Optional[str], typer.Option(help="abs or signed: how published statistics were aggregated.")] = None,
+    reference: Reference = None,
+    k: Annotated[int, typer.Option("-k", help="How many of the most salient filters are explained.")] = 10,
+    filters: Annotated[Optional[str], typer.Option(help="These filters instead: LAYER:CHANNEL, several with commas.")] = None,
+    layers: Chosen = None,
+    boost: Annotated[float, typer.Option(help="What the filters' entries of the profile are multiplied by.")] = 100.0,
+    smooth: Annotated[int, typer.Option(help="Average the map over N noisy copies of the image.")] = 0,
+    noise: Annotated[float, typer.Option(help="Of --smooth: the share of noise in a copy.")] = 0.1,
+    seed: Seed = 0,
+    name: Name = None,
+    out: Annotated[Optional[Path], typer.Option(help="The picture, .png, .svg or .pdf. Default: in experiments/explain of the run, or beside you for a FILE.")] = None,
+    device: Device = None,
+    format: Record = "table",
+) -> None:
+    """What in one image made its filters fail: input saliency, beside its filters, its profile and its neighbours."""
+    from jobs import output
+    from jobs.explain import Target, Wanted, explain as job
+
+    output.check_format(format, ("table", "json"))
+    found = job(Target(target, run, label, model, weights, preprocess, statistics, aggregation, reference, name, device), Wanted(k, filters, layers, boost, smooth, noise, seed), out)
+    output.explained(found, format)
+
+
 def _told(summary: dict, format: str) -> None:
     """An experiment's numbers on stdout, and what they mean as the last line of stderr."""
     from jobs import output
@@ -90,4 +122,4 @@ def _told(summary: dict, format: str) -> None:
     say(summary["found"])
 
 
-VERBS = (profile, prune, finetune)
+VERBS = (profile, prune, finetune, explain)

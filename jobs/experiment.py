@@ -98,7 +98,7 @@ def carry_out(verb: Verb, request: Request) -> dict:
     dataset = request.dataset_of(store)
     name, experiment = verb.experiment.name, verb.experiment
     reference_name = request.reference_of(store, dataset)
-    reference = _reference(store, reference_name, manifest.aggregation)
+    reference = standards(store, reference_name, manifest.aggregation)
     choice = Choice.smallest(store, dataset, verb.subset, request.max_samples, request.seed)
     chosen = units_of(store, dataset, choice)
     samples = sum(count for _, count in chosen)
@@ -112,9 +112,9 @@ def carry_out(verb: Verb, request: Request) -> dict:
         done = set() if fresh else {file.stem for file in results(store.run, name)}
         todo = [(unit, count) for unit, count in chosen if unit.stem not in done]
         if experiment.images and todo:
-            _refuse_changed_source(store, dataset, {unit.shard for unit, _ in todo})
+            refuse_changed_source(store, dataset, {unit.shard for unit, _ in todo})
             for other in verb.also:
-                _refuse_changed_source(store, other, {shard.name for shard in store.census(other).asked})
+                refuse_changed_source(store, other, {shard.name for shard in store.census(other).asked})
             verb.check(store, unpack(Gatherer.of(store, dataset, choice, (), True).gather(todo[0][0]))[0][:3])
         if fresh:  # nothing is left that could be refused
             _discard(folder)
@@ -129,7 +129,8 @@ def carry_out(verb: Verb, request: Request) -> dict:
     return summary
 
 
-def _reference(store: Store, name: str, aggregation: str) -> Reference:
+def standards(store: Store, name: str, aggregation: str) -> Reference:
+    """mu and sigma under that name, made where they are missing. Raises BadRequest for an unknown name or another aggregation."""
     bars: dict[str, ProgressBar] = {}
 
     def tick(stage: str, done: int, total: int) -> None:
@@ -178,7 +179,8 @@ def _discard(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _refuse_changed_source(store: Store, dataset: str, shards: set[str]) -> None:
+def refuse_changed_source(store: Store, dataset: str, shards: set[str]) -> None:
+    """Raises BadRequest naming a shard that is not what was extracted."""
     census = store.census(dataset)
     for shard, reason in changed_shards(census, shards):
         raise BadRequest(f"the images of {printable(dataset)} are read again, and {printable(Path(census.root) / shard)} is not what was extracted: {reason}; put it back, or extract {printable(census.spec)} into another --run")

@@ -44,12 +44,12 @@ LEADING = 1.3  # line height in font sizes
 SMALL, LARGE, HEADING = 8, 9.5, 13  # font sizes in points
 
 
-def check_gallery(path: Path) -> None:
-    """Raises BadRequest unless `gallery` can draw into a file of this name."""
+def check_gallery(path: Path, option: str = "--gallery") -> None:
+    """Raises BadRequest unless a picture can be drawn into a file of this name."""
     if path.suffix.lower() not in FORMATS:
-        raise BadRequest(f"--gallery: {printable(path)} does not end in {', '.join(FORMATS)}: the ending chooses the format, .png where in doubt")
+        raise BadRequest(f"{option}: {printable(path)} does not end in {', '.join(FORMATS)}: the ending chooses the format, .png where in doubt")
     if path.is_dir():
-        raise BadRequest(f"--gallery: {printable(path)} is a folder: name a file in it, for example {printable(path / 'gallery.png')}")
+        raise BadRequest(f"{option}: {printable(path)} is a folder: name a file in it, for example {printable(path / 'gallery.png')}")
 
 
 def gallery(path: Path, query: dict, neighbours: list[dict], title: str) -> None:

@@ -67,6 +67,14 @@ def record(values: dict, format: str) -> None:
         table(["figure", "value"], [[key, f"{value:.4f}" if isinstance(value, float) else f"{value:,}"] for key, value in values.items()])
 
 
+def explained(found: dict, format: str) -> None:
+    """What `faultline explain` found."""
+    if format == "json":
+        _json(found)
+        return
+    table(["filter", "layer", "channel", "standardised saliency"], [[at, f["layer"], f["filter"], f"{f['standardised']:+.2f}"] for at, f in enumerate(found["filters"], 1)])
+
+
 def check(report: Report, format: str) -> None:
     """What the doctor found."""
     r = report

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import BadRequest, Fault, printable
 from pipeline.manifest import Manifest
@@ -89,7 +90,19 @@ class Choice:
         return cls(subset, seed, int(values[most - 1]) if most < len(values) else None)
 
 
-def units_of(store: Store, dataset: str, choice: Choice) -> list[tuple[Unit, int]]:
+@dataclass(frozen=True)
+class Named:
+    """The sample of one ID alone, wherever a `Choice` is asked for its rows."""
+
+    sample_id: str
+
+    def rows(self, facts: pa.Table | pa.RecordBatch) -> np.ndarray:
+        """int64 [1], or [0] where it is not among them."""
+        at = pc.index(facts["sample_id"], self.sample_id).as_py()
+        return np.array([at] if at >= 0 else [], np.int64)
+
+
+def units_of(store: Store, dataset: str, choice: Choice | Named) -> list[tuple[Unit, int]]:
     """(unit, chosen samples in it) for every profiles file that holds any, in the order of the files."""
     shards = {shard_stem(shard.name): shard for shard in store.census(dataset).shards}
     counts: dict[Path, int] = {}
@@ -109,7 +122,7 @@ class Gatherer:
     """The first step: a unit -> its chosen profile rows, with pixels if `images`. Source, recipe and C as the census and run.json have them."""
 
     run: Path
-    choice: Choice
+    choice: Choice | Named
     columns: tuple[str, ...]
     images: bool
     kind: str
@@ -118,7 +131,7 @@ class Gatherer:
     classes: int
 
     @classmethod
-    def of(cls, store: Store, dataset: str, choice: Choice, columns: tuple[str, ...], images: bool) -> Gatherer:
+    def of(cls, store: Store, dataset: str, choice: Choice | Named, columns: tuple[str, ...], images: bool) -> Gatherer:
         census, manifest = store.census(dataset), store.manifest()
         return cls(store.run, choice, columns, images, census.kind, census.root, manifest.preprocessing, manifest.classes)
 

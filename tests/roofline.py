@@ -167,9 +167,38 @@ def tables() -> dict[str, str]:
     for file in sorted(DATA.glob("index*.json")) + sorted(DATA.glob("pipeline*.json")):
         title = {"index": "index of 10,000 x 2,032"}.get(file.stem, file.stem.replace("-", ", "))
         for row in json.loads(file.read_text(encoding="utf-8")):
-            floor = f"{row['beside']} | {row['floor']:,.3g} {row['unit']} | {row['ratio']:.2f}" if row["floor"] is not None else " | | "
-            line.append(f"| {title}: {row['what']} | {row['value']:,.3g} {row['unit']} | {floor} |")
+            floor = f"{row['beside']} | {_short(row['floor'])} {row['unit']} | {row['ratio']:.2f}" if row["floor"] is not None else " | | "
+            line.append(f"| {title}: {row['what']} | {_short(row['value'])} {row['unit']} | {floor} |")
     return {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory)}
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def draw() -> None:
+    """docs/images/performance.png: the time of every way, over the step's, by network."""
+    sys.path.insert(0, str(ROOT))
+    from jobs.charts import STYLES
+    from matplotlib.figure import Figure
+
+    rows = json.loads((DATA / "engine.json").read_text(encoding="utf-8"))
+    ways = {"fused": "faultline, fused", "vmap": "vmap(grad), best chunk", "opacus-hooks": "Opacus, hooks", "opacus-functorch": "Opacus, functorch", "opacus-ew": "Opacus, ExpandedWeights", "loop": "one image at a time"}
+    figure = Figure((7.2, 3.6), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    for (way, name), (colour, _, marker) in zip(ways.items(), STYLES):
+        found = {row["model"]: row["ratio_to_step"] for row in rows if row["engine"] == way}
+        axes.plot([found.get(model, float("nan")) for model in NETWORKS], range(len(NETWORKS)), linestyle="none", marker=marker, markersize=9 if way == "fused" else 6, color=colour, label=name)
+    axes.axvline(1, color="#1a1a1a", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks([1, 1.5, 2, 3, 5, 7], ["1", "1.5", "2", "3", "5", "7"])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(NETWORKS)), [f"{name}, {side} x {side}" for name, side in NETWORKS.items()])
+    axes.invert_yaxis()
+    axes.set_xlabel("time over that of a plain training step (line at 1)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7.5, frameon=False, loc="upper right")
+    figure.savefig(ROOT / "docs/images/performance.png")
 
 
 def page() -> str:
@@ -189,3 +218,4 @@ if __name__ == "__main__":
         (DATA / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
     else:
         PAGE.write_text(page(), encoding="utf-8")
+        draw()

@@ -14,6 +14,7 @@ LAYERS = [
     {"pipeline.samples"},
     {"pipeline.filters"},
     {"pipeline.models", "pipeline.saliency", "pipeline.statistics"},
+    {"pipeline.explanation"},
     {"pipeline.manifest", "pipeline.units"},
     {"pipeline.store", "pipeline.doctor"},
     {"pipeline.profiler"},

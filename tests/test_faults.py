@@ -127,7 +127,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(folder) -> Story:
-    """Four starts, in which five processes are killed: actor, decode worker and driver, twice each but for the driver; one start is interrupted, one terminated."""
+    """Four starts, in which five processes are killed: actor, decode worker and driver, twice each but for the driver; one start is interrupted, one terminated while Ray's workers start."""
     made = digits.write(folder / "digits")
     units = in_small_shards(made, folder / "small")
     words = ["--dataset", "val", "--source", folder / "small", "--model", "networks:Slow", "--weights", made.weights]
@@ -135,7 +135,7 @@ def story(folder) -> Story:
     run, chance, second = folder / "run", random.Random(SEED), None
     command = ["extract", "--run", run, *words, "--address", "local"]
     rounds = []
-    for hurts in (["SIGINT"], ["actor", "SIGTERM"], ["decode worker", "driver"], ["decode worker", "actor"]):
+    for hurts in (["actor", "SIGINT"], ["SIGTERM"], ["decode worker", "driver"], ["decode worker", "actor"]):
         with running(folder, *command, env={"NAP": str(NAP)}) as job:
             if second is None:
                 job.until(lambda: (run / "datasets" / "val.json").exists())
@@ -161,7 +161,11 @@ def in_small_shards(made: digits.Digits, folder: Path, each: int = 32) -> int:
 
 
 def hurt(job: Job, what: str, run: Path, chance: random.Random) -> dict[str, tuple[int, int]]:
-    """Do it at a random moment after a few more units; returns the files that were committed then."""
+    """Do it at a random moment after a few more units, SIGTERM before the first; returns the files that were committed then."""
+    if what == "SIGTERM":
+        job.until(lambda: "waiting for the first unit" in job.stderr())
+        job.process.terminate()  # as a scheduler does
+        return committed(run)
     enough = len(committed(run)) + chance.randint(1, 4)
     job.until(lambda: len(committed(run)) >= enough)
     time.sleep(chance.uniform(0, NAP))
@@ -170,8 +174,6 @@ def hurt(job: Job, what: str, run: Path, chance: random.Random) -> dict[str, tup
         job.kill()
     elif what == "SIGINT":
         os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
-    elif what == "SIGTERM":
-        job.process.terminate()  # as a scheduler does
     else:
         title = {"actor": ("_Writer",), "decode worker": ("_decode", "ray::IDLE")}[what]
         job.until(lambda: next((p for word in title if (p := job.find(word))), None)).kill()

@@ -47,6 +47,21 @@ def index(
 
 
 @app.command()
+def maps(
+    networks: Annotated[Optional[str], typer.Option("--models", help="Names of networks, separated by commas. Default: resnet50,squeezenet1_1,resnet56.")] = None,
+    device: Device = None,
+    rounds: Annotated[int, typer.Option(help="Turns that each takes; medians are compared.")] = 3,
+    format: Record = "table",
+) -> None:
+    """What an input saliency map costs beside a plain forward and backward pass of the same image; the ratio is how many passes a map takes."""
+    from jobs import output
+    from jobs.bench.maps import MODELS, bench_maps
+
+    output.check_format(format, ("table", "json"))
+    output.measures(bench_maps([w.strip() for w in networks.split(",") if w.strip()] if networks else list(MODELS), device, rounds), format)
+
+
+@app.command()
 def pipeline(
     source: Annotated[Optional[str], typer.Option(help="Shards, as of extract. Default: the demo's digits.")] = None,
     model: Annotated[Optional[str], typer.Option(help="As of extract.")] = None,

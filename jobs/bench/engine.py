@@ -76,7 +76,7 @@ def bench_engine(names: list[str], batch_size: int | None, device: str | None, p
 
 
 def _network(name: str, network: torch.nn.Module, batch_size: int | None, device: str, precision: str, rounds: int, contenders: list[str]) -> list[Row]:
-    images, labels, network = _subject(name, network, batch_size, device)
+    images, labels, network = subject(name, network, batch_size, device)
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     chosen: dict[str, Contender] = {}
     peaks: dict[str, int | None] = {}
@@ -107,7 +107,7 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
     return [Row(name, c, device, precision, len(images), len(images) / middle[c], middle[c] / middle["step"], peaks[c], errors.get(c)) for c in chosen]
 
 
-def _subject(name: str, network: torch.nn.Module, batch_size: int | None, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module]:
+def subject(name: str, network: torch.nn.Module, batch_size: int | None, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module]:
     """(images, labels, network in eval mode): seeded noise, and the network's own initialisation with BatchNorm statistics of that noise."""
     torch.manual_seed(0)
     side = 32 if "cifar" in name or name in models.cifar.NETWORKS else SIZES.get(name, 224)
@@ -135,10 +135,10 @@ def _contender(name: str, network: torch.nn.Module, images: torch.Tensor, labels
     if name == "step-folded":
         own = folded(own)
     own.requires_grad_(True)
-    return _loop(own) if name == "loop" else lambda images, labels: _step(own, images, labels)
+    return _loop(own) if name == "loop" else lambda images, labels: step(own, images, labels)
 
 
-def _step(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+def step(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
     network.zero_grad(set_to_none=True)
     cross_entropy(network(images).float(), labels).sum().backward()
 
@@ -147,7 +147,7 @@ def _loop(network: torch.nn.Module) -> Contender:
     def run(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         rows = []
         for image, label in zip(images, labels):
-            _step(network, image[None], label[None])
+            step(network, image[None], label[None])
             rows.append(torch.cat([reduce_filters(p.grad[None], "abs")[0] if p.grad is not None else p.new_zeros(p.shape[0]) for p in network.parameters() if p.dim() == 4]))
         return torch.stack(rows)
 

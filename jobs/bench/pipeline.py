@@ -40,11 +40,13 @@ def bench_pipeline(source: str | None, model: str | None, weights: str | None, p
         found = _stages(Store(settings.run), device)
         engine = next(m for m in found if m.what == "engine").value
         whole = _rate(replace(settings, run=Path(folder) / "here", actors=None))
-        found.append(Measure.over("whole line in one process", whole, "images/s", "the engine alone", engine))
+        if whole:
+            found.append(Measure.over("whole line in one process", whole, "images/s", "the engine alone", engine))
         for count in engines:
             say(f"{count} engine{'s' * (count != 1)} on Ray")
             rate = _rate(replace(settings, run=Path(folder) / f"on-{count}", actors=(count, count), address="local"))
-            found.append(Measure.over(f"whole line with {count} engine{'s' * (count != 1)} on Ray", rate, "images/s", "the engine alone", engine))
+            if rate:
+                found.append(Measure.over(f"whole line with {count} engine{'s' * (count != 1)} on Ray", rate, "images/s", "the engine alone", engine))
     return found
 
 
@@ -83,13 +85,12 @@ def _stages(store: Store, device: str) -> list[Measure]:
     return [*found, Measure("engine", images / seconds["engine"], "images/s")]
 
 
-def _rate(settings: Settings) -> float:
-    """Images a second of an extraction once every engine has committed a unit, so that starting counts for nothing; of all of it where there are no more units."""
-    start = time.time()
+def _rate(settings: Settings) -> float | None:
+    """Images a second of an extraction once every engine has committed a unit, so that starting counts for nothing; None where there are no more units."""
     extract(settings)
     stamps = sorted((f.stat().st_mtime, interval_of(f.stem)[2] - interval_of(f.stem)[1]) for f in Store(settings.run).files("val"))
     first = settings.actors[1] if settings.actors else 1
     if len(stamps) <= first:
-        say(f"{len(stamps)} units are too few to tell the start from the rest: more --max-samples")
-        return sum(images for _, images in stamps) / (time.time() - start)
+        say(f"{len(stamps)} units are too few to tell the start from the rest, and nothing is said: more --max-samples")
+        return None
     return sum(images for _, images in stamps[first:]) / max(stamps[-1][0] - stamps[first - 1][0], 1e-9)

@@ -1,0 +1,110 @@
+"""What in the image made the filters fail: input saliency (section 2.2, eq. 3 and 4 of the paper). Mathematics alone.
+
+The profile ŝ(x) of an image is boosted at a few filters F, s'_F = ŝ with the entries of F times `boost`, and held fixed as a target. The cosine distance of
+ŝ(x) from it says how little the profile of x is already that of an image on which F alone failed, and its gradient says which pixels decide it:
+
+    M_F = |d/dx D_cos(ŝ(x), s'_F)|        (eq. 4)
+
+ŝ(x) is itself made of gradients, so that this is a second derivative. It is exact: autograd differentiates the backward pass, an image at a time, and whatever a
+network does that autograd can differentiate twice is right. Where the gradient of a weight is 0, |.| has no derivative, and contributes 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.errors import BadRequest
+from pipeline.filters import FilterLayout
+from pipeline.saliency.layouts import PlainLayouts
+from pipeline.saliency.loss import cross_entropy
+from pipeline.saliency.vmap import reduce_filters
+from pipeline.statistics import Reference
+
+BOOST = 100.0  # k of the paper
+
+
+class Explained(NamedTuple):
+    """maps: M_F, [B, 3, H, W], by the network's normalised input; standardised: ŝ [B, F] of the images themselves; distance: D_cos [B]; logits [B, C]. All of the images' dtype."""
+
+    maps: torch.Tensor
+    standardised: torch.Tensor
+    distance: torch.Tensor
+    logits: torch.Tensor
+
+
+class InputSaliency:
+    """Input saliency of one network in eval mode. `aggregation`: `abs` or `signed`, as the reference's.
+
+    Raises ValueError in training mode, or if the reference is of another aggregation or number of filters.
+    """
+
+    def __init__(self, network: torch.nn.Module, reference: Reference, aggregation: str = "abs"):
+        if any(module.training for module in network.modules()):
+            raise ValueError("input saliency is defined in eval mode; call network.eval() first")
+        if reference.aggregation != aggregation:
+            raise ValueError(f"the reference was aggregated as '{reference.aggregation}', not '{aggregation}'")
+        self.network, self.aggregation = network, aggregation
+        self.weights = [p for p in network.parameters() if p.dim() == 4]
+        if FilterLayout.of(network).total != len(reference.mean):
+            raise ValueError(f"the reference is of {len(reference.mean)} filters, the network has {FilterLayout.of(network).total}")
+        sample = self.weights[0]
+        self.mean = torch.as_tensor(np.array(reference.mean)).to(sample)
+        self.scale = torch.as_tensor(np.where(reference.live, 1 / np.where(reference.live, reference.std, 1.0), 0.0)).to(sample)  # 1 / sigma; 0 where the filter is dead
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, filters: list[np.ndarray], boost: float = BOOST) -> Explained:
+        """images: float [B, 3, H, W], B at least 1; labels: int64 [B]; filters: F of each image, columns. The network is left as it was.
+
+        Raises BadRequest for a network that keeps gradients from its input.
+        """
+        each = [self._one(image[None], label[None], columns, boost) for image, label, columns in zip(images, labels, filters, strict=True)]
+        return Explained(*(torch.cat(part) for part in zip(*each)))
+
+    def smooth(self, images: torch.Tensor, labels: torch.Tensor, filters: list[np.ndarray], boost: float, draws: int, share: float, seed: int) -> Explained:
+        """The same with maps averaged over `draws` noisy copies, (1 - share) x + share n, n standard normal, drawn for (seed, draw) alone; each copy has a target of its own."""
+        explained = self(images, labels, filters, boost)
+        total = torch.zeros_like(images)
+        for draw in range(draws):
+            noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed * 100_003 + draw), dtype=images.dtype).to(images.device)
+            total += self((1 - share) * images + share * noise, labels, filters, boost).maps
+        return explained._replace(maps=total / draws)
+
+    def standardised(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """ŝ [B, F] of images, an image at a time, without any second derivative."""
+        return torch.cat([self._profile(image[None], label[None], twice=False)[0].detach()[None] for image, label in zip(images, labels)])
+
+    def _one(self, image: torch.Tensor, label: torch.Tensor, columns: np.ndarray, boost: float) -> tuple[torch.Tensor, ...]:
+        image = image.detach().requires_grad_()
+        profile, logits = self._profile(image, label, twice=True)
+        target = boosted(profile.detach(), columns, boost)
+        distance = 1 - torch.nn.functional.cosine_similarity(profile, target, 0, eps=0)
+        gradient = torch.autograd.grad(distance, image, allow_unused=True)[0]
+        if gradient is None:
+            raise BadRequest("the network keeps gradients from its input (torch.no_grad or detach inside): which pixels matter cannot be asked of it")
+        if not target.any():
+            gradient = torch.zeros_like(image)
+        return gradient.detach().abs(), profile.detach()[None], distance.detach()[None], logits.detach()
+
+    def _profile(self, image: torch.Tensor, label: torch.Tensor, twice: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """ŝ [F] of one image, differentiable by it if `twice`; its logits [1, C]."""
+        wanted = [p.requires_grad for p in self.weights]
+        try:
+            for p in self.weights:
+                p.requires_grad_()
+            with torch.enable_grad(), PlainLayouts():
+                logits = self.network(image.clone())  # which it may change in place
+                gradients = torch.autograd.grad(cross_entropy(logits, label)[0], self.weights, create_graph=twice, allow_unused=True)
+                reduced = [reduce_filters((torch.zeros_like(p) if g is None else g)[None], self.aggregation)[0] for g, p in zip(gradients, self.weights)]
+                return (torch.cat(reduced) - self.mean) * self.scale, logits
+        finally:
+            for p, before in zip(self.weights, wanted):
+                p.requires_grad_(before)
+
+
+def boosted(standardised: torch.Tensor, columns: np.ndarray, boost: float = BOOST) -> torch.Tensor:
+    """s'_F: ŝ [F] with the entries of `columns` times `boost` (eq. 3)."""
+    target = standardised.clone()
+    target[torch.as_tensor(columns, device=target.device)] *= boost
+    return target
