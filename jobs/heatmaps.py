@@ -95,8 +95,9 @@ def _profile(page: Page, x: float, y: float, width: float, height: float, profil
     axes.axhline(0, color=FAINT, linewidth=0.5)
     axes.set_xlim(0, len(profile))
     axes.spines[["top", "right"]].set_visible(False)
-    shown = np.unique(np.linspace(0, len(profile) - 1, min(9, len(profile))).round().astype(int))
-    axes.set_xticks(shown + 0.5, [page.shorten(profile[at][0], 1.1, SMALL) for at in shown])
+    shown = np.unique(np.linspace(0, len(profile) - 1, min(6, len(profile))).round().astype(int))
+    axes.set_xticks(shown + 0.5, [page.shorten(profile[at][0], 1.6, SMALL) for at in shown])
+    axes.get_xticklabels()[-1].set_horizontalalignment("right" if len(shown) > 1 else "center")  # it ends at the page's edge
     axes.tick_params(labelsize=SMALL - 1, length=2)
     axes.set_ylabel("standardised saliency", fontsize=SMALL)
     for text in axes.findobj(lambda artist: hasattr(artist, "set_fontfamily")):

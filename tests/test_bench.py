@@ -74,3 +74,9 @@ def test_the_line_is_measured_beside_the_engine_and_stage_by_stage():
 @pytest.mark.parametrize("words, message", [(("--source", "x.tar"), "--source and --model go together"), (("--actors", "1,no"), "--actors: 'no' is no number"), (("--max-samples", "0"), "--max-samples: 0 is less than 1")])
 def test_a_line_that_cannot_be_measured_is_refused(words, message):
     assert message in tiny.call("bench", "pipeline", *words).refused()
+
+
+def test_a_map_is_measured_beside_plain_passes_of_the_same_images():
+    rows = tiny.call("bench", "maps", "--models", "resnet20", "--rounds", "1", "--format", "json").json
+    assert [row["beside"] for row in rows] == ["forward and backward, one by one", "forward and backward, one batch"]
+    assert all(row["ratio"] == pytest.approx(row["floor"] / row["value"]) and row["ratio"] > 1 for row in rows), "a map is made of more than one pass"
