@@ -225,6 +225,7 @@ def neighbors(
         request.check()
         request.dataset_of(opened.store)
         ends(opened.manifest.layers, split)
+        job.refuse_empty(opened, source, within, name)
     asked = job.neighbors(opened, source, within, k, out, layers, name, everyone)
     say(f"{printable(out)}: neighbours of {asked:,} images")
     if evaluate:

@@ -221,7 +221,7 @@ def finetune(request: Request, within: str, ks: str | None, rates: str | None, s
         raise BadRequest(f"--in: {printable(within)} has no {'correctly classified' if len(held) and held.all() else 'misclassified'} sample to try a step on: name another data set")
     if scope not in SCOPES:
         raise BadRequest(f"--scope: '{printable(scope)}' is not one of {', '.join(SCOPES)}")
-    total = filters_of(run.manifest.layers, layers)
+    total = filters_of(run.manifest.layers, layers, Reference.read(run.store.run / "statistics" / f"{index.about['reference']}.parquet", run.manifest.layers))
     grid = grid_of(ks, tuple(sorted({1, 2, 5, 10, max(1, total // 100)} | ({20} if total >= 2000 else set()))), total)
     source = request.dataset_of(run.store)
     experiment = FineTuning(source, within, index.folder.name, index.about["reference"], grid, rates_of(rates), scope, layers, request.seed)

@@ -102,6 +102,15 @@ def own_rows(index, dataset: str, ids: list[str]) -> np.ndarray:
     return np.where(found >= 0, found + first, -1)
 
 
+def refuse_empty(run: Run, source: str, within: str | None, name: str | None) -> None:
+    """Before anything is written: raises BadRequest where nobody would ask, or nobody could be found, so that there is nothing to evaluate."""
+    start, stop = run.index(name).range_of(within)
+    if start == stop:
+        raise BadRequest(f"--in: the index holds no sample of {printable(within) if within else 'any data set'}, so that there are no neighbours to evaluate: name another data set, or leave --evaluate out")
+    if not any((b["label"].to_numpy() != b["prediction"].to_numpy()).any() for _, _, b in run.store.blocks(source, ["label", "prediction"], 65536)):
+        raise BadRequest(f"--from: {printable(source)} has no misclassified sample, so that there are no neighbours to evaluate: name another data set, or leave --evaluate out")
+
+
 def evaluate(run: Run, out: Path, within: str | None, name: str | None) -> Agreement:
     """How often the neighbours in `out` share their query's (label, prediction) pair or its reverse, beside chance (paper, section 3.2)."""
     table = pq.read_table(out, columns=["query_dataset", "query_id", "query_label", "query_prediction", "rank", "pair"])

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs import charts
-from jobs.experiment import Request, carry_out
+from jobs.experiment import Request, carry_out, standards
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Rows, batches, images_of, network_of
 from pipeline.filters import FilterLayout
@@ -126,17 +126,22 @@ class Prune:
 def prune(request: Request, ks: str | None, mode: str, layers: str | None) -> dict:
     """Do it. Raises BadRequest for a grid, a mode or layers that do not exist."""
     store = Store(request.run.expanduser().absolute())
-    total = filters_of(store.manifest().layers, layers)
     if mode not in MODES:
         raise BadRequest(f"--mode: '{printable(mode)}' is not one of {', '.join(MODES)}")
     reference = request.reference_of(store, request.dataset_of(store))
+    manifest = store.manifest()
+    if layers:
+        manifest.layers.columns(layers)
+    total = filters_of(manifest.layers, layers, standards(store, reference, manifest.aggregation))
     return carry_out(Prune(Pruning(reference, grid_of(ks, GRID, total), mode, layers, request.seed)), request)
 
 
-def filters_of(layout: FilterLayout, layers: str | None) -> int:
-    """How many may be chosen. Raises BadRequest for layers that the network does not have."""
-    columns = layout.columns(layers) if layers else slice(0, layout.total)
-    return columns.stop - columns.start
+def filters_of(layout: FilterLayout, layers: str | None, reference: Reference) -> int:
+    """How many may be chosen: the live ones. Raises BadRequest for layers that the network does not have, or whose filters are all dead."""
+    live = int(reference.live[layout.columns(layers) if layers else slice(0, layout.total)].sum())
+    if not live:
+        raise BadRequest(f"--layers: all filters of {printable(layers or 'the network')} are dead in the reference (sigma is 0): there is nothing to choose from")
+    return live
 
 
 def of_layers(summary: dict) -> str:
@@ -151,7 +156,7 @@ def grid_of(text: str | None, default: tuple[int, ...], most: int) -> tuple[int,
     except ValueError:
         grid = (0,)
     if not 1 <= grid[0] <= grid[-1] <= most:
-        raise BadRequest(f"-k: '{printable(text)}' is no list of numbers from 1 to {most}, the filters that there are, such as 1,5,20")
+        raise BadRequest(f"-k: '{printable(text)}' is no list of numbers from 1 to {most}, the live filters that there are, such as 1,5,20")
     return grid
 
 

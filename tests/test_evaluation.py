@@ -226,3 +226,14 @@ def test_the_sentence_says_what_the_numbers_say(copied, tmp_path):
     assert "first layers are closer in colour than those by the last (-0.100" in closer and "closer than random errors" in closer
     none = gap | {"high": 0.1}
     assert "not clearly closer in colour than" in found(summary | {"colour_differences": {"first_minus_last": none, "first_minus_random": none}}) and "colour" not in found(summary | {"colour_differences": {}})
+
+
+@pytest.mark.parametrize("words, said", [(("--from", "val", "--in", "v2"), "--in: the index holds no sample of v2"), (("--from", "v2"), "--from: v2 has no misclassified sample")])
+def test_where_there_is_nothing_to_evaluate_the_file_stays_as_it_was(copied, tmp_path, words, said):
+    for file in (copied.run / "profiles/v2").glob("*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.set_column(table.column_names.index("prediction"), "prediction", table["label"]), file)
+    assert tiny.call("index", "--run", copied.run, "--datasets", "val,v2", "--reference", "val").code == 0
+    (tmp_path / "n.parquet").write_bytes(b"what was there")
+    assert said in tiny.call("neighbors", "--run", copied.run, *words, "--out", tmp_path / "n.parquet", "--evaluate").refused()
+    assert (tmp_path / "n.parquet").read_bytes() == b"what was there"

@@ -15,6 +15,10 @@ import torch
 from PIL import Image
 
 from index import Run
+from jobs.prune import filters_of, grid_of
+from pipeline.statistics import Reference
+from pipeline.filters import FilterLayout
+from pipeline.errors import BadRequest
 
 KS = (1, 3, 24)
 
@@ -225,3 +229,13 @@ def test_shares_corrected_are_compared_on_the_same_samples(copied):
     for pair, interval in summary_of(copied.run, "prune")["paired"].items():
         a, b = pair.split("_minus_")
         assert interval["estimate"] == pytest.approx((of[a] - of[b]).mean()) and interval["n"] == len(of[a])
+
+
+def test_no_more_filters_can_be_asked_for_than_are_live():
+    layout = FilterLayout((("a", 3), ("b", 2)))
+    reference = Reference(np.zeros(5), np.array([1, 0, 1, 0, 0.0]), 9, "abs", "test")
+    assert (filters_of(layout, None, reference), filters_of(layout, "a", reference)) == (2, 2)
+    with pytest.raises(BadRequest, match="all filters of b are dead"):
+        filters_of(layout, "b", reference)
+    with pytest.raises(BadRequest, match="from 1 to 2, the live filters"):
+        grid_of("1,3", (1,), 2)
