@@ -14,6 +14,7 @@ import numpy as np
 from index.run import Run
 from jobs.experiment import refuse_changed_source, standards
 from jobs.figures import check_gallery
+from jobs.neighbors import refuse_inside
 from jobs.progress import say
 from pipeline.errors import BadRequest, closest, printable
 from pipeline.experiment import Gatherer, Named, network_of, results_folder, units_of, unpack
@@ -113,6 +114,8 @@ def explain(target: Target, wanted: Wanted, out: Path | None) -> dict:
         check_gallery(out, "--out")
     device = cluster.device_for(target.device, None)
     run = Run.open(target.run) if target.run else None
+    if run and out:
+        refuse_inside(run, out, "--out")
     if run is None:
         case = case_without_run(Path(target.target), target.label, target.model, target.weights, target.preprocess, target.statistics, target.aggregation, device)
     elif target.label is None:
@@ -122,7 +125,8 @@ def explain(target: Target, wanted: Wanted, out: Path | None) -> dict:
     found = compute(case, wanted, device)
     neighbours = neighbours_of(run, case, found, target.name) if run else None
     path = out or (Path.cwd() if run is None or not case.dataset else results_folder(run.store.run, "explain")) / f"{shard_stem(':'.join(filter(None, (case.dataset, case.sample.sample_id))))}.explained.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not out:
+        path.parent.mkdir(parents=True, exist_ok=True)
     profile = [(layer, found["standardised"][span]) for layer, span in case.layout.slices.items()]
     true, predicted = (found[f"{key}_name"] or found[key] for key in ("label", "prediction"))
     title = f"Why {true} was taken for {predicted}" if found["label"] != found["prediction"] else f"{true}, rightly predicted"
@@ -206,6 +210,8 @@ def compute(case: Case, wanted: Wanted, device: str) -> dict:
     columns = chosen(case, wanted, standardised)
     ask = (images, labels, [columns], wanted.boost)
     found = engine.smooth(*ask, wanted.copies, wanted.share, wanted.seed) if wanted.copies else engine(*ask)
+    if not (found.logits.isfinite().all() and found.maps.isfinite().all()):
+        raise BadRequest(f"{printable(case.sample.sample_id)}: the network's output, or its gradient, is not finite (NaN or infinity) for this image: nothing can be explained")
     confidence = found.logits[0].double().softmax(0)
     prediction = int(confidence.argmax())
     hot = heat(found.maps)
