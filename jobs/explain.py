@@ -125,8 +125,6 @@ def explain(target: Target, wanted: Wanted, out: Path | None) -> dict:
     found = compute(case, wanted, device)
     neighbours = neighbours_of(run, case, found, target.name) if run else None
     path = out or (Path.cwd() if run is None or not case.dataset else results_folder(run.store.run, "explain")) / f"{shard_stem(':'.join(filter(None, (case.dataset, case.sample.sample_id))))}.explained.png"
-    if not out:
-        path.parent.mkdir(parents=True, exist_ok=True)
     profile = [(layer, found["standardised"][span]) for layer, span in case.layout.slices.items()]
     true, predicted = (found[f"{key}_name"] or found[key] for key in ("label", "prediction"))
     title = f"Why {true} was taken for {predicted}" if found["label"] != found["prediction"] else f"{true}, rightly predicted"
