@@ -55,6 +55,7 @@ class Asked:
     batch_size: int | None = None
     device: str = "cpu"
     saved: Path | None = None
+    devkit: dict[int, str] | None = None  # ILSVRC2012_ID -> WordNet ID, where one lies with the source
 
     def load(self) -> Classifier:
         """The classifier of a new run, or the one that a run keeps."""
@@ -139,7 +140,7 @@ def judged(asked: Asked, seen: Look, manifest: Manifest | None, classifier: Clas
     """What the run is, and the doctor's diagnosis. Raises BadRequest if the network cannot take the images."""
     classifier = classifier or asked.load()
     manifest = manifest or describe(asked, seen, classifier)
-    return manifest, examine(seen, classifier.network, manifest)
+    return manifest, examine(seen, classifier.network, manifest, asked.devkit)
 
 
 def _described_alone(asked: Asked, seen: Look) -> Manifest:

@@ -40,7 +40,7 @@ class Words:
     title: str
     across: str
     up: str
-    note: str = "bands: 95% bootstrap intervals over samples"
+    note: str = "bands: 95% intervals over samples"
 
 
 def curves(path: Path, x: Sequence[float], bands: dict[str, Band], words: Words, levels: dict[str, float] | None = None, log: bool = False) -> None:

@@ -70,13 +70,13 @@ class Evaluate:
         alone, asked = summary["datasets"] == [summary["dataset"]], f"{summary['queries']:,} errors of {summary['dataset']}"
         among = "among themselves" if alone else f"in {' and '.join(summary['datasets'])}"
         bands = {name: _band(summary["pair_shares"][setting]["either"]) for setting, name in NAMES.items() if setting != "random"}
-        words = charts.Words(f"Neighbours with the same two classes: {asked} {among}", "k nearest errors", "share with the same pair or its reverse", "bands: 95% bootstrap intervals over queries")
+        words = charts.Words(f"Neighbours with the same two classes: {asked} {among}", "k nearest errors", "share with the same pair or its reverse", "bands: 95% intervals over queries")
         most = max(len(mean) for mean, _, _ in bands.values())
         charts.curves(folder / "agreement", range(1, most + 1), bands, words, {"by chance": summary["chance"]})
         band = _band(summary["error_shares"])
         words = charts.Words(f"Errors among the neighbours of errors: {summary['queries']:,} of data set {summary['dataset']}", f"k nearest among the samples of {' and '.join(summary['datasets'])}", "share that is misclassified", "band: 95% bootstrap interval over queries")
         charts.curves(folder / "errors", range(1, len(band[0]) + 1), {"nearest by all layers": band}, words, {"base rate": summary["base_rate"]})
-        words = charts.Words(f"Colours of neighbours: {asked}, {summary['near']} nearest", "distance of colour histograms (0: the same colours, 1: none in common)", "", "bars: 95% bootstrap intervals over queries")
+        words = charts.Words(f"Colours of neighbours: {asked}, {summary['near']} nearest", "distance of colour histograms (0: the same colours, 1: none in common)", "", "bars: 95% intervals over queries")
         points = {NAMES[setting]: tuple(interval[key] for key in ("estimate", "low", "high")) for setting, interval in summary["colour_distance"].items()}
         charts.bars(folder / "colours", points, words)
         pictures = _Pictures(store, summary)

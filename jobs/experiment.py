@@ -116,11 +116,12 @@ def carry_out(verb: Verb, request: Request) -> dict:
             for other in verb.also:
                 refuse_changed_source(store, other, {shard.name for shard in store.census(other).asked})
             verb.check(store, unpack(Gatherer.of(store, dataset, choice, (), True).gather(todo[0][0]))[0][:3])
+        device = cluster.device_for(request.device, request.address) if experiment.images and todo else "cpu"  # joins the cluster, if there is one
         if fresh:  # nothing is left that could be refused
             _discard(folder)
         if todo:
             say(f"{name}: {verb.cost(samples)}" + (f"; {len(done)} of {len(chosen)} units are done" if done else ""))
-            _do(store, experiment, request, dataset, choice, todo, samples, settings)
+            _do(store, experiment, request, dataset, choice, todo, samples, settings, device)
         summary = _summary(verb, store, dataset, reference, settings, {unit.stem for unit, _ in chosen})
     for sample_id, reason in summary["set_aside"][:3]:
         say(f"{printable(sample_id)} was set aside: {printable(reason)}")
@@ -186,13 +187,12 @@ def refuse_changed_source(store: Store, dataset: str, shards: set[str]) -> None:
         raise BadRequest(f"the images of {printable(dataset)} are read again, and {printable(Path(census.root) / shard)} is not what was extracted: {reason}; put it back, or extract {printable(census.spec)} into another --run")
 
 
-def _do(store: Store, experiment: Experiment, request: Request, dataset: str, choice: Choice, todo: list[tuple[Unit, int]], total: int, settings: dict) -> None:
+def _do(store: Store, experiment: Experiment, request: Request, dataset: str, choice: Choice, todo: list[tuple[Unit, int]], total: int, settings: dict, device: str) -> None:
     folder = results_folder(store.run, experiment.name)
     (folder / "summary.json").unlink(missing_ok=True)
     write_json(folder / "settings.json", settings)
     for stale in folder.glob(".*.tmp"):
         stale.unlink(missing_ok=True)
-    device = cluster.device_for(request.device, request.address) if experiment.images else "cpu"
 
     def give_up(unit: Unit) -> list[Unit]:
         raise undone(experiment.name, 1, f"{unit.stem}: its workers died without a word (out of memory?)")

@@ -120,12 +120,22 @@ def admitted(store: Store, settings: Settings, source: Source, census: Census, m
 
     again = partial(look, source, census.asked, preprocessing=manifest.preprocessing if manifest else classifier.preprocessing)
     device = cluster.device_for(settings.device, settings.address)
-    asked = begin.Asked(settings.model, settings.weights, settings.preprocess, settings.engine, settings.precision, settings.aggregation, settings.batch_size, device, store.run if manifest else None)
+    asked = begin.Asked(settings.model, settings.weights, settings.preprocess, settings.engine, settings.precision, settings.aggregation, settings.batch_size, device, store.run if manifest else None, _devkit(source, settings.devkit))
     alone = not cluster.in_this_process(settings.address, settings.actors, census.samples)
     admitted = begin.admit(asked, again(begin.LOOK), again, manifest, classifier, alone, settings.force)
     if manifest is None:
         begin.write(store, admitted, classifier.network)
     return admitted
+
+
+def _devkit(source: Source, given: str | None) -> dict[int, str] | None:
+    """What the doctor may need of a devkit that lies with the source; a bad one is no fault of a source that does without."""
+    from pipeline.sources.flat_imagenet import devkit_at
+
+    try:
+        return devkit_at(source.root, given)
+    except BadRequest:
+        return None
 
 
 def refuse_imported(store: Store, dataset: str) -> None:

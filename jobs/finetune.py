@@ -201,11 +201,11 @@ class FineTune:
                 points = points * len(summary["k"]) if len(points) == 1 else points
                 if points:
                     bands[name] = tuple([p[key] for p in points] for key in ("estimate", "low", "high"))
-            words = charts.Words(f"Fine-tuning: {asked}", f"filters{of_layers(summary)} that take the step", up, f"rate {rate:g}; bands: 95% bootstrap intervals over samples")
+            words = charts.Words(f"Fine-tuning: {asked}", f"filters{of_layers(summary)} that take the step", up, f"rate {rate:g}; bands: 95% intervals over samples")
             charts.curves(folder / figure, summary["k"], bands, words, log=True)
         lines = {name: _lines(summary, strategy) for strategy, name in names.items()}
         what = f"a line: so many filters, at rates {', '.join(f'{r:g}' for r in summary['rates'])}" if len(summary["rates"]) > 1 else f"beside each point: filters; rate {rate:g}"
-        words = charts.Words(f"Repaired against broken: {asked}", "share of correctly classified samples broken", f"share of the {NEIGHBOURS} nearest errors corrected", f"{what}; bars: 95% bootstrap intervals over samples")
+        words = charts.Words(f"Repaired against broken: {asked}", "share of correctly classified samples broken", f"share of the {NEIGHBOURS} nearest errors corrected", f"{what}; bars: 95% intervals over samples")
         charts.plane(folder / "frontier", {name: of for name, of in lines.items() if of}, words)
 
 
@@ -219,6 +219,8 @@ def finetune(request: Request, within: str, ks: str | None, rates: str | None, s
     held = np.concatenate([b["label"].to_numpy() != b["prediction"].to_numpy() for _, _, b in run.store.blocks(within, ["label", "prediction"], 65536)] or [np.zeros(0, bool)])
     if held.all() or not held.any():
         raise BadRequest(f"--in: {printable(within)} has no {'correctly classified' if len(held) and held.all() else 'misclassified'} sample to try a step on: name another data set")
+    if int(held.sum()) < NEIGHBOURS:
+        raise BadRequest(f"--in: {printable(within)} has {int(held.sum())} misclassified samples, and a step is tried on the {NEIGHBOURS} nearest: name a larger data set")
     if scope not in SCOPES:
         raise BadRequest(f"--scope: '{printable(scope)}' is not one of {', '.join(SCOPES)}")
     total = filters_of(run.manifest.layers, layers, Reference.read(run.store.run / "statistics" / f"{index.about['reference']}.parquet", run.manifest.layers))
@@ -234,8 +236,8 @@ def rates_of(text: str | None) -> tuple[float, ...]:
         rates = tuple(sorted({float(part) for part in text.split(",")})) if text else RATES
     except ValueError:
         rates = (0.0,)
-    if not all(0 < rate < np.inf for rate in rates):
-        raise BadRequest(f"--rates: '{printable(text)}' is no list of numbers above 0, such as 0.1,0.5")
+    if not all(1e-6 <= rate <= 1e6 for rate in rates):
+        raise BadRequest(f"--rates: '{printable(text)}' is no list of numbers above 0 (1e-6 to 1e6), such as 0.1,0.5")
     return rates
 
 
@@ -273,6 +275,6 @@ def found(summary: dict) -> str:
         return f"{summary['within']} has no misclassified, or no correctly classified sample to try a step on"
     words = [f"{name} {effects[s]['neighbors_corrected'].text(3)} and {effects[s]['broken'].text(3)}" for s, name in STRATEGIES.items() if s != "conv"]
     k = _of(summary, "salient")["k"]
-    way = "" if summary.get("scope", SCOPES[0]) == SCOPES[0] else f", each by its own norm and so {k} times as much in all,"
+    way = "" if summary.get("scope", SCOPES[0]) == SCOPES[0] else f", each by its own norm and so {k**0.5:.3g} times as long in all,"
     few = f"; {summary['samples']:,} are too few to conclude anything from" if summary["samples"] < FEW else ""
     return f"{summary['samples']:,} error{'s' * (summary['samples'] != 1)} of {summary['dataset']}: a step of {k} filter{'s' * (k != 1)}{of_layers(summary)}{way} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}{few}"

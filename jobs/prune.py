@@ -170,9 +170,10 @@ def found(summary: dict, at: int) -> str:
     share = {s: interval(s, "corrected") for s in STRATEGIES}
     drop = {s: interval(s, "wrong_confidence_change") for s in STRATEGIES}
     apart = [Interval(**summary["paired"][f"{a}_minus_{b}"]) for a, b in PAIRS]
-    doubt = f"; {n:,} are too few to conclude anything from" if n < FEW else "" if all(gap.low > 0 for gap in apart) else " (not all clearly apart)"
+    few = f"; {'1 is' if n == 1 else f'{n:,} are'} too few to conclude anything from"
+    doubt = few if n < FEW else "" if all(gap.low > 0 for gap in apart) else ", the reverse of what the paper found" if any(gap.high < 0 for gap in apart) else " (not all clearly apart)"
     way = "" if summary["mode"] == MODES[0] else ", weights and bias alone,"
     return (
         f"turning off the {summary['k'][at]} most salient filters{of_layers(summary)}{way} corrects {share['salient'].text(3)} of {n:,} misclassified samples, random live ones {share['random_live'].text(3)}, the least salient {share['least'].text(3)}"
-        f", on the same samples {apart[0].text(3, '+')} and {apart[1].text(3, '+')} more than the next{doubt}; the wrong class's confidence changes by {drop['salient'].text(3, '+')}, {drop['random_live'].text(3, '+')} and {drop['least'].text(3, '+')}"
+        f", on the same samples differences of {apart[0].text(3, '+')} and {apart[1].text(3, '+')}{doubt}; the wrong class's confidence changes by {drop['salient'].text(3, '+')}, {drop['random_live'].text(3, '+')} and {drop['least'].text(3, '+')}"
     )

@@ -118,12 +118,10 @@ def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, 
     network: eval mode, on `device`; classes: C; promised: top-1 that the weights are known for, 0..1; devkit: ILSVRC2012_ID -> WordNet ID.
     Mistakes in the pixels, which cost a forward each, are looked for where top-1 is below the promise, or where there is none; `tell` hears of each.
     """
-    def logits(recipe: Preprocessing = preprocessing, reverse: bool = False) -> torch.Tensor:
+    def logits(recipe: Preprocessing = preprocessing, reverse: bool = False) -> tuple[torch.Tensor, dict[int, str]]:
         return _classify(network, recipe, [s.pixels for s in seen.samples], reverse, device, batch)
 
-    seen = _taken(network, preprocessing, seen, device)
-    as_is = logits()
-    seen, as_is = _answered(seen, as_is)
+    seen, as_is = _answered(seen, *logits())
     labels, order = seen.labels, seen.order if classes == len(IDS) else np.full(len(seen.samples), -1)
     right = as_is.argmax(1).numpy() == labels
     bounds = wilson(int(right.sum()), len(right)) if len(right) else Interval(0.0, 0.0, 1.0, 0)
@@ -144,8 +142,9 @@ def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, 
             tried = []
             for mistake in pixel_mistakes(preprocessing):
                 tell(f"trying: {mistake.text}")
-                answer = logits(mistake.preprocessing, mistake.reverse)
-                tried.append((mistake, answer.argmax(1).numpy() == labels, float(answer.softmax(1).amax(1).mean())))
+                answer, failures = logits(mistake.preprocessing, mistake.reverse)
+                if not failures:  # what a network refuses is not what it wants
+                    tried.append((mistake, answer.argmax(1).numpy() == labels, float(answer.softmax(1).amax(1).mean())))
             found = _explained(found, right, tried)
     _judge(found, right, as_is, classes)
     return found
@@ -192,41 +191,35 @@ def _mapped(labels: np.ndarray, table: np.ndarray) -> np.ndarray:
     return np.where(inside, table[np.where(inside, labels, 0)], -1)
 
 
-def _classify(network: torch.nn.Module, preprocessing: Preprocessing, pixels: list[np.ndarray], reverse: bool, device: str, batch: int) -> torch.Tensor:
-    """Logits float32 [N, C] on the CPU; images of one shape share a batch. `reverse`: blue, green, red."""
+def _classify(network: torch.nn.Module, preprocessing: Preprocessing, pixels: list[np.ndarray], reverse: bool, device: str, batch: int) -> tuple[torch.Tensor, dict[int, str]]:
+    """Logits float32 [N, C] on the CPU, NaN for an image that the network raises on, and what it raised; images of one shape share a batch. `reverse`: blue, green, red."""
     rows: dict[int, torch.Tensor] = {}
+    failures: dict[int, str] = {}
     shapes: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(pixels):
         shapes.setdefault(image.shape, []).append(i)
+    waiting = [alike[i : i + batch] for alike in shapes.values() for i in range(0, len(alike), batch)]
     with torch.inference_mode():
-        for alike in shapes.values():
-            for at in (alike[i : i + batch] for i in range(0, len(alike), batch)):
-                images = torch.from_numpy(np.stack([pixels[i] for i in at])).to(device)
+        while waiting:
+            at = waiting.pop()
+            images = torch.from_numpy(np.stack([pixels[i] for i in at])).to(device)
+            try:
                 rows.update(zip(at, network(preprocessing.normalise(images.flip(-1) if reverse else images)).float().cpu()))
-    return torch.stack([rows[i] for i in range(len(pixels))]) if rows else torch.zeros(0, 2)
+            except Exception as fault:  # whatever a network raises
+                if len(at) > 1:
+                    waiting.extend([i] for i in at)  # because of one of them
+                else:
+                    failures[at[0]] = f"the network fails on it: {printable((str(fault).splitlines() or [type(fault).__name__])[0])[:200]}"
+    nothing = torch.full_like(next(iter(rows.values())), torch.nan) if rows else torch.full((2,), torch.nan)
+    return torch.stack([rows.get(i, nothing) for i in range(len(pixels))]) if pixels else torch.zeros(0, 2), failures
 
 
-def _taken(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, device: str) -> Look:
-    """Without the samples of a shape that the network fails on; their reason says so, as it will when they are set aside."""
-    failing: dict[tuple[int, ...], str] = {}
-    for image in {s.pixels.shape: s.pixels for s in seen.samples}.values():
-        try:
-            _classify(network, preprocessing, [image], False, device, 1)
-        except Exception as fault:  # whatever a network raises
-            failing[image.shape] = f"the network fails on it: {printable((str(fault).splitlines() or [type(fault).__name__])[0])[:200]}"
-    keep = [i for i, s in enumerate(seen.samples) if s.pixels.shape not in failing]
-    return _kept(seen, keep, [failing[s.pixels.shape] for s in seen.samples if s.pixels.shape in failing])
-
-
-def _answered(seen: Look, logits: torch.Tensor) -> tuple[Look, torch.Tensor]:
-    """Without the samples to which the network's answer is not finite."""
+def _answered(seen: Look, logits: torch.Tensor, failures: dict[int, str]) -> tuple[Look, torch.Tensor]:
+    """Without the samples that the network raises on, or to which its answer is not finite; their reasons say so, as they will when they are set aside."""
     finite = logits.isfinite().all(1)
     keep = finite.nonzero().flatten().tolist()
-    return _kept(seen, keep, ["the network's output for it is not finite"] * (len(logits) - len(keep))), logits[finite]
-
-
-def _kept(seen: Look, keep: list[int], reasons: list[str]) -> Look:
-    return Look([seen.samples[i] for i in keep], [seen.folders[i] for i in keep], [*seen.reasons, *reasons])
+    reasons = [failures.get(i, "the network's output for it is not finite") for i in (~finite).nonzero().flatten().tolist()]
+    return Look([seen.samples[i] for i in keep], [seen.folders[i] for i in keep], [*seen.reasons, *reasons]), logits[finite]
 
 
 def _look_at_samples(found: Diagnosis, seen: Look, labels: np.ndarray, classes: int) -> None:

@@ -148,9 +148,9 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], str]:
     except Exception as fault:
         reason = (str(fault).strip() or type(fault).__name__).splitlines()[0][:160]
         raise BadRequest(f"--weights: {printable(path)} cannot be read as weights alone ({printable(reason)}); save a state dict with torch.save or as .safetensors") from None
-    for key in ("state_dict", "model", "model_state_dict", "net"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    keys = ("state_dict", "model", "model_state_dict", "net")
+    while isinstance(state, dict) and (key := next((k for k in keys if isinstance(state.get(k), dict)), None)):
+        state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise BadRequest(f"--weights: {printable(path)} holds no state dict (names with tensors); save model.state_dict()")
     if all(name.startswith("module.") for name in state):

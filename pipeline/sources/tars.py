@@ -38,6 +38,7 @@ def key_of(path: str) -> tuple[str, str]:
 
     Bytes that are no UTF-8 are written as their escapes, so that every key can be stored as text.
     """
+    path = path.removeprefix("./")  # as `tar cf x.tar .` writes it
     path = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     folder, name = posixpath.split(path)
     key, _, extension = name.partition(".")
