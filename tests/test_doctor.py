@@ -106,6 +106,8 @@ def test_labels_in_the_devkits_order_are_named_where_there_is_a_devkit(tmp_path,
     source = write(tmp_path / "source", lambda label: ids[label] - less)
     ended = check(source, *(["--devkit", at / "ILSVRC2012_devkit_t12"] if where == "named" else []))
     assert ended.code == 2 and ended.json["mistake"] == "devkit order" and ended.json["top1_undone"] == 1.0 and "meta.mat" in ended.err
+    if where == "beside":
+        assert "the devkit's ILSVRC2012_IDs" in extract(source, tmp_path / "run").refused()
 
 
 def test_a_few_class_folders_of_imagenet_are_not_classes_0_to_n(tmp_path):
@@ -176,6 +178,28 @@ def test_a_shape_that_the_network_fails_on_is_set_aside_and_not_an_end(tmp_path)
     source = write(tmp_path, image=lambda label: colour(label) if label % 20 == 3 else encoded_wide(label))
     ended = check(source, model="tiny:narrow")
     assert ended.code == 0 and ended.json["top1"] == 1.0 and any("50 of 100 samples would be set aside, 50 of them because: the network fails on it: too wide" in w for w in ended.json["warnings"])
+
+
+class Choosy(tiny.Palette):
+    """Raises at one colour, and wherever a pixel lies outside what normalised pixels can be."""
+
+    def forward(self, x):
+        if (x.mean((2, 3)) - torch.tensor(colour_seen(3))).abs().sum(1).min() < 1e-3 or x.abs().max() > 3:
+            raise ValueError("I do not like it")
+        return super().forward(x)
+
+
+def colour_seen(label):
+    mean, std = np.array(tiny.Palette.preprocessing.mean), np.array(tiny.Palette.preprocessing.std)
+    return (np.uint8(tiny.palette(label)) / 255 - mean) / std
+
+
+def test_one_image_that_the_network_fails_on_is_set_aside_and_so_is_a_trial_of_other_pixels():
+    """Whatever shares its batch is looked at all the same; pixels that were changed to try a mistake are no ground to end."""
+    found = diagnosed(looked(LABELS, LABELS), network=Choosy())
+    fails = LABELS.count(3) if isinstance(LABELS, list) else int((np.array(LABELS) == 3).sum())
+    assert fails and found.seen == found.correct == len(LABELS) - fails and not found.faults
+    assert any(f"{fails} of {len(LABELS)} samples would be set aside" in w and "the network fails on it: I do not like it" in w for w in found.warnings)
 
 
 def encoded_wide(label):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from index import Run
-from jobs.prune import filters_of, grid_of
+from jobs.prune import filters_of, found as sentence, grid_of
 from pipeline.statistics import Reference
 from pipeline.filters import FilterLayout
 from pipeline.errors import BadRequest
@@ -196,13 +196,16 @@ def test_a_held_out_source_that_is_gone_is_refused(small, tmp_path):
 
 
 def test_fresh_discards_nothing_that_cannot_be_made_again(small, tmp_path):
-    """With a source that is gone a run is refused, and the earlier rows and numbers are there as before."""
+    """With a source that is gone, or for a GPU that is not there, a run is refused, and the earlier rows and numbers are there as before."""
     shutil.copytree(small.run, tmp_path / "run")
     shutil.copytree(small.sources, tmp_path / "sources")
     census = tmp_path / "run/datasets/val.json"
     census.write_text(census.read_text().replace(str(small.sources), str(tmp_path / "sources")))
     assert tiny.call("prune", "--run", tmp_path / "run", "-k", "1").code == 0
     before = {p.name: p.read_bytes() for p in (tmp_path / "run/experiments/prune").glob("*") if p.is_file()}
+    if not torch.cuda.is_available():
+        assert "torch sees no CUDA GPU" in tiny.call("prune", "--run", tmp_path / "run", "-k", "2", "--fresh", "--device", "cuda").refused()
+        assert {p.name: p.read_bytes() for p in (tmp_path / "run/experiments/prune").glob("*") if p.is_file()} == before
     for shard in (tmp_path / "sources").rglob("*.tar"):
         shard.unlink()
     assert "is not what was extracted" in tiny.call("prune", "--run", tmp_path / "run", "-k", "2", "--fresh").refused()
@@ -239,3 +242,14 @@ def test_no_more_filters_can_be_asked_for_than_are_live():
         filters_of(layout, "b", reference)
     with pytest.raises(BadRequest, match="from 1 to 2, the live filters"):
         grid_of("1,3", (1,), 2)
+
+
+def test_the_sentence_of_a_reversal_says_so():
+    """Salient filters that do clearly worse than random ones are not merely "not clearly apart"."""
+    shares = {"salient": 0.0, "random": 0.1, "random_live": 0.1, "least": 0.01}
+    curves = {name: {column: {"mean": [share], "low": [share], "high": [share]} for column in ("wrong_confidence_change", "true_confidence_change", "corrected")} for name, share in shares.items()}
+    gaps = {"salient_minus_random_live": {"estimate": -0.1, "low": -0.2, "high": -0.02, "n": 60}, "random_live_minus_least": {"estimate": 0.09, "low": 0.01, "high": 0.2, "n": 60}}
+    summary = {"curves": curves, "samples": 60, "k": [20], "mode": "map", "layers": None, "paired": gaps}
+    assert "the reverse of what the paper found" in sentence(summary, 0)
+    gaps["salient_minus_random_live"]["high"] = 0.02
+    assert "(not all clearly apart)" in sentence(summary, 0)

@@ -35,6 +35,7 @@ WRAPPINGS = {
     "bare": lambda state: state,
     "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}},
     "model": lambda state: {"model": state},
+    "state_dict in model": lambda state: {"epoch": 3, "model": {"state_dict": state}},
     "net": lambda state: {"net": state, "acc": 95.5},
     "DataParallel": lambda state: {f"module.{name}": value for name, value in state.items()},
     "DataParallel in a checkpoint": lambda state: {"model_state_dict": {f"module.{name}": value for name, value in state.items()}},

@@ -48,6 +48,19 @@ def test_key_keeps_folders_and_ends_at_the_first_dot_of_the_name(tmp_path):
     assert [s.image for s in got[:2]] == [b"J", b"K"] and "no image" in got[2].fault
 
 
+def test_a_tar_of_a_folder_from_within_gives_the_keys_of_its_files(tmp_path):
+    """`tar cf x.tar .` writes ./a.jpg where `tar cf x.tar *` writes a.jpg: one image, one ID."""
+    for name, before in (("plain", ""), ("dotted", "./")):
+        shards.write_tar(tmp_path / name / "x.tar", [(f"{before}{member}", content) for member, content in (("a.jpg", shards.photo(1)), ("a.cls", b"1"), ("f/b.jpg", shards.photo(2)), ("f/b.cls", b"2"))])
+    plain, dotted = ([(s.sample_id, s.label, s.image) for s in shards.samples(*_only(tmp_path / name))] for name in ("plain", "dotted"))
+    assert plain == dotted and [sample_id for sample_id, _, _ in plain] == ["a", "f/b"]
+
+
+def _only(folder):
+    source, (name,) = open_source(str(folder))
+    return source, name
+
+
 def test_absolute_and_climbing_names_are_only_names(tmp_path):
     """Nothing is unpacked, so a path in an archive leads nowhere; its sample is read like any other."""
     got = of_tar(tmp_path, [("/etc/x.jpg", b"J"), ("/etc/x.cls", b"1"), ("../../y.jpg", b"K"), ("../../y.cls", b"2")])
