@@ -146,7 +146,7 @@ def _bands(axes: Axes, page: Page, x: Sequence[float], bands: dict[str, Band], m
 def _name_layers(axes: Axes, page: Page, layers: list[str]) -> None:
     """Names of some layers, the first and the last among them, under the middle of their place."""
     shown = np.unique(np.linspace(0, len(layers) - 1, min(NAMED, len(layers))).round().astype(int))
-    axes.set_xticks(shown + 0.5, [page.shorten(layers[at], 1.2, SMALL) for at in shown], rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xticks(shown + 0.5, [page.shorten(layers[at], 1.6, SMALL) for at in shown], rotation=30, ha="right", rotation_mode="anchor")
     axes.set_xlim(0, len(layers))
 
 

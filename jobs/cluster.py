@@ -46,10 +46,11 @@ class Stream:
 def device_for(asked: str | None, address: str | None) -> str:
     """`cuda` or `cpu`: what was asked for, otherwise GPUs where this machine, or the cluster that is joined, has any now.
 
-    A cluster that starts its GPU nodes on demand has none yet: there it must be asked for. Raises BadRequest for a GPU that is not there.
+    A cluster that starts its GPU nodes on demand has none yet: there it must be asked for. Raises BadRequest for a GPU or a cluster that is not there.
     """
     if joins(address):
-        return asked or ("cuda" if _start(address).cluster_resources().get("GPU", 0) else "cpu")
+        ray = _start(address)  # whatever was asked: a cluster that cannot be reached is told here, before anything is done
+        return asked or ("cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
     import torch
 
     if asked == "cuda" and not torch.cuda.is_available():

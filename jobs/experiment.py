@@ -116,7 +116,7 @@ def carry_out(verb: Verb, request: Request) -> dict:
             for other in verb.also:
                 refuse_changed_source(store, other, {shard.name for shard in store.census(other).asked})
             verb.check(store, unpack(Gatherer.of(store, dataset, choice, (), True).gather(todo[0][0]))[0][:3])
-        device = cluster.device_for(request.device, request.address) if experiment.images and todo else "cpu"  # joins the cluster, if there is one
+        device = cluster.device_for(request.device if experiment.images else "cpu", request.address) if todo else "cpu"
         if fresh:  # nothing is left that could be refused
             _discard(folder)
         if todo:

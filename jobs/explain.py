@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from index.run import Run
-from jobs.experiment import refuse_changed_source, standards
+from jobs.experiment import Request, refuse_changed_source, standards
 from jobs.figures import check_gallery
 from jobs.neighbors import refuse_inside
 from jobs.progress import say
@@ -137,8 +137,7 @@ def explain(target: Target, wanted: Wanted, out: Path | None) -> dict:
 def case_of_sample(run: Run, sample: str, reference: str | None, device: str) -> Case:
     """An image of a run by its ID, read from its source again. Raises BadRequest."""
     place = run.find(sample)
-    known = run.store.datasets()
-    standard = standards(run.store, reference or ("val" if "val" in known else place.dataset), run.manifest.aggregation)
+    standard = _standard(run, reference, place.dataset)
     wanted = Named(place.sample_id)
     (unit, _), = units_of(run.store, place.dataset, wanted)
     refuse_changed_source(run.store, place.dataset, {unit.shard})
@@ -165,10 +164,14 @@ def case_of_file(path: Path, label: int, network: torch.nn.Module, preprocessing
 
 def case_in_run(run: Run, path: Path, label: int, reference: str | None, device: str) -> Case:
     """An image file by a run's network and statistics. Raises BadRequest."""
-    known = run.store.datasets()
-    standard = standards(run.store, reference or ("val" if "val" in known else known[0] if known else ""), run.manifest.aggregation)
+    standard = _standard(run, reference, next(iter(run.datasets), "val"))
     manifest, network = network_of(run.store.run, device)
     return case_of_file(path, label, network, manifest.preprocessing, manifest.class_names, manifest.classes, standard)
+
+
+def _standard(run: Run, reference: str | None, dataset: str) -> Reference:
+    """mu and sigma as every verb chooses them."""
+    return standards(run.store, Request(run.store.run, reference=reference).reference_of(run.store, dataset), run.manifest.aggregation)
 
 
 def case_without_run(path: Path, label: int, model: str, weights: str | None, preprocess: str | None, statistics: Path, aggregation: str | None, device: str) -> Case:
@@ -252,14 +255,19 @@ def _column(layout: FilterLayout, text: str) -> int:
 
 
 def neighbours_of(run: Run, case: Case, found: dict, name: str | None) -> list[dict] | None:
-    """Its neighbours in the run's index, with thumbnails, as `figures` draws them; None where there is no index."""
-    if not (run.store.run / "index").is_dir() or name is None and not any((run.store.run / "index").iterdir()):
+    """Its neighbours in the run's index, with thumbnails, as `figures` draws them; None, and a word why, where no index can be asked. Raises BadRequest for a `name` that cannot."""
+    try:
+        index = run.index(name)
+    except BadRequest as fault:
+        if name:
+            raise
+        say(f"no neighbours are drawn: {printable(str(fault).splitlines()[0])}")
         return None
-    index = run.index(name)
+    reference = index.about["reference"]
+    if not np.array_equal(Reference.read(run.store.run / "statistics" / f"{reference}.parquet", case.layout).mean, case.reference.mean):
+        say(f"no neighbours are drawn: the index was made with the statistics of {printable(reference)}, not those asked for")
+        return None
     own = index.row_of(case.dataset, case.sample.sample_id) if case.dataset else -1
-    if index.about["reference"] and (mine := Reference.read(run.store.run / "statistics" / f"{index.about['reference']}.parquet", case.layout)) and not np.array_equal(mine.mean, case.reference.mean):
-        say(f"the index was made with the statistics of {printable(index.about['reference'])}, not those asked for: no neighbours are drawn")
-        return None
     similarity, rows = index.search(found["standardised"][None], NEIGHBOURS, None, None, np.array([own]))
     table = run.table_of(index, similarity[0], rows[0], found["label"], found["prediction"])
     return [row | run.record(run.indexed(row["dataset"], row["sample_id"], name), ["thumbnail"]) for row in table.to_pylist()]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from jobs.charts import STYLES
-from jobs.figures import CHANNEL, DPI, FAINT, GAP, HEADING, INK, LARGE, MARGIN, PAPER, QUERY, SMALL, TILE, Page, enlarge, lines_of, own_settings, save
+from jobs.figures import DPI, FAINT, GAP, HEADING, INK, LARGE, MARGIN, PAPER, QUERY, SMALL, TILE, Page, enlarge, lines_of, own_settings, save
 from pipeline.errors import BadRequest, printable
 
 COLOURS = "inferno"  # its brightness grows with its number, so that it is read in grey

@@ -130,8 +130,6 @@ def prune(request: Request, ks: str | None, mode: str, layers: str | None) -> di
         raise BadRequest(f"--mode: '{printable(mode)}' is not one of {', '.join(MODES)}")
     reference = request.reference_of(store, request.dataset_of(store))
     manifest = store.manifest()
-    if layers:
-        manifest.layers.columns(layers)
     total = filters_of(manifest.layers, layers, standards(store, reference, manifest.aggregation))
     return carry_out(Prune(Pruning(reference, grid_of(ks, GRID, total), mode, layers, request.seed)), request)
 

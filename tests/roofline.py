@@ -164,7 +164,7 @@ def tables() -> dict[str, str]:
             over = [f"{ratios[name, e]['peak_bytes'] / floor:.2f}" if (name, e) in ratios else "cannot" for e in shown]
             memory.append(f"| {name} | {floor / 1e6:,.0f} MB | " + " | ".join(over) + f" | {got(name, 'fused', '{:.0e}', 'relative_error')} |")
     line = ["| what | measured | beside | | ratio |", "|---|---:|---|---:|---:|"]
-    for file in sorted(DATA.glob("index*.json")) + sorted(DATA.glob("pipeline*.json")):
+    for file in sorted(DATA.glob("index*.json")) + sorted(DATA.glob("pipeline*.json")) + sorted(DATA.glob("maps*.json")):
         title = {"index": "index of 10,000 x 2,032"}.get(file.stem, file.stem.replace("-", ", "))
         for row in json.loads(file.read_text(encoding="utf-8")):
             floor = f"{row['beside']} | {_short(row['floor'])} {row['unit']} | {row['ratio']:.2f}" if row["floor"] is not None else " | | "

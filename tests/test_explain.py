@@ -137,6 +137,17 @@ def test_published_statistics_must_say_how_they_were_aggregated(small, error, tm
     assert ended.json["filters"][0]["standardised"] == pytest.approx(vector.max(), rel=1e-3)
 
 
+def test_an_index_that_cannot_be_asked_is_no_end(copied, error, tmp_path):
+    """Absent, or of other statistics: said, and the image is explained without neighbours; an index that is named must do."""
+    words = ("explain", f"val:{error['sample_id']}", "--run", copied.run, "--out", tmp_path / "a.png", "--format", "json")
+    other = tiny.call(*words, "--reference", "v2")
+    assert other.code == 0 and other.json["neighbours"] == [] and "made with the statistics of val, not those asked for" in other.err
+    shutil.rmtree(copied.run / "index")
+    gone = tiny.call(*words)
+    assert gone.code == 0 and gone.json["neighbours"] == [] and "no neighbours are drawn: " in gone.err
+    assert "index" in tiny.call(*words, "--name", "errors").refused()
+
+
 def test_an_image_that_has_changed_is_refused(copied, error, tmp_path):
     sources = tmp_path / "moved"
     census = json.loads((copied.run / "datasets/val.json").read_text())

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from index import Run
+from jobs import cluster
 from jobs.prune import filters_of, found as sentence, grid_of
 from pipeline.statistics import Reference
 from pipeline.filters import FilterLayout
@@ -195,14 +196,23 @@ def test_a_held_out_source_that_is_gone_is_refused(small, tmp_path):
     assert "the images of v2 are read again" in tiny.call("finetune", "--run", mine.run, "--from", "val", "--in", "v2", "-k", "1").refused()
 
 
-def test_fresh_discards_nothing_that_cannot_be_made_again(small, tmp_path):
-    """With a source that is gone, or for a GPU that is not there, a run is refused, and the earlier rows and numbers are there as before."""
+def nowhere(address):
+    raise BadRequest(f"--address: no Ray cluster can be joined at {address}")
+
+
+def test_fresh_discards_nothing_that_cannot_be_made_again(small, tmp_path, monkeypatch):
+    """With a source that is gone, or for a GPU or a cluster that is not there, a run is refused, and the earlier rows and numbers are there as before."""
     shutil.copytree(small.run, tmp_path / "run")
     shutil.copytree(small.sources, tmp_path / "sources")
     census = tmp_path / "run/datasets/val.json"
     census.write_text(census.read_text().replace(str(small.sources), str(tmp_path / "sources")))
     assert tiny.call("prune", "--run", tmp_path / "run", "-k", "1").code == 0
     before = {p.name: p.read_bytes() for p in (tmp_path / "run/experiments/prune").glob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "_start", nowhere)
+        for verb in ("prune", "profile"):
+            assert "no Ray cluster can be joined" in tiny.call(verb, "--run", tmp_path / "run", "--seed", "3", "--fresh", "--address", "10.0.0.1:6379").refused()
+        assert {p.name: p.read_bytes() for p in (tmp_path / "run/experiments/prune").glob("*") if p.is_file()} == before
     if not torch.cuda.is_available():
         assert "torch sees no CUDA GPU" in tiny.call("prune", "--run", tmp_path / "run", "-k", "2", "--fresh", "--device", "cuda").refused()
         assert {p.name: p.read_bytes() for p in (tmp_path / "run/experiments/prune").glob("*") if p.is_file()} == before
