@@ -20,6 +20,7 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 
+from jobs.progress import say
 from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.units import Unit
 from pipeline.worker import Receipt
@@ -30,6 +31,8 @@ MakeWriter = Callable[[], Callable[[pa.Table], Receipt]]  # picklable; called on
 SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless one is asked for
 DECODE_CPUS = 0.5  # that a decode task reserves
 SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE"}  # of every worker: threads that spin beside decoders cost up to 20 times
+QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+STARTS = 3  # times that Ray is started on this machine before it is given up
 ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
 
 
@@ -108,7 +111,7 @@ def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str,
 
 
 def _start(address: str | None):
-    """ray, initialised and silent. Raises BadRequest if the cluster at `address` cannot be joined."""
+    """ray, initialised and silent. Raises BadRequest if the cluster at `address` cannot be joined, Stopped if none starts here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
@@ -123,20 +126,36 @@ def _start(address: str | None):
     for handler in [h for h in log.handlers if isinstance(h, logging.StreamHandler)]:
         log.removeHandler(handler)  # the terminal; its file in Ray's session folder stays
     if not ray.is_initialized():
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        _join(ray, address or os.environ["RAY_ADDRESS"]) if joins(address) else _start_here(ray)
+    return ray
+
+
+def _join(ray, address: str) -> None:
+    """Raises BadRequest if there is no cluster."""
+    try:
+        with _muted(), _own_sigterm():
+            ray.init(address=address, runtime_env={"env_vars": SETTINGS}, **QUIET)
+    except Exception as fault:
+        raise BadRequest(f"--address: no Ray cluster can be joined at {printable(address)} ({_reason(fault)}); start one with ray start --head, or use --address local") from None
+
+
+def _start_here(ray) -> None:
+    """Ray on this machine. Its servers have 30 seconds to come up, which a busy machine does not always give them: it is tried again. Raises Stopped."""
+    os.environ.update(SETTINGS)  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
+    for left in reversed(range(STARTS)):
         try:
             with _muted(), _own_sigterm():
-                if joins(address):
-                    ray.init(address=address or os.environ["RAY_ADDRESS"], runtime_env={"env_vars": SETTINGS}, **quiet)
-                else:  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
-                    os.environ.update(SETTINGS)
-                    ray.init(address="local", include_dashboard=False, **quiet)
+                ray.init(address="local", include_dashboard=False, **QUIET)
+            return
         except Exception as fault:
-            reason = str(fault).strip().splitlines()
-            if not joins(address):
-                raise Stopped(f"Ray did not start on this machine ({printable(reason[0])[:160] if reason else type(fault).__name__}): it may be too busy, or short of memory\nthe same command goes on") from None
-            raise BadRequest(f"--address: no Ray cluster can be joined at {printable(address or os.environ.get('RAY_ADDRESS', 'local'))} ({printable(reason[0])[:160] if reason else type(fault).__name__}); start one with ray start --head, or use --address local") from None
-    return ray
+            ray.shutdown()
+            if not left:
+                raise Stopped(f"Ray did not start on this machine ({_reason(fault)}): it may be too busy, or short of memory\nthe same command goes on") from None
+            say(f"Ray did not start ({_reason(fault)}); trying again")
+
+
+def _reason(fault: Exception) -> str:
+    return printable((str(fault).strip().splitlines() or [type(fault).__name__])[0])[:160]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 COMMAND = Path(sys.executable).with_name("faultline")  # as installed beside this Python
-OURS = ("counting shards:", "loading ", "check: ", "engine: ", "faultline: ", "what is done is kept", "why they were set aside: ", "that is more than --max-rejects")
+OURS = ("counting shards:", "loading ", "check: ", "engine: ", "faultline: ", "Ray did not start (", "what is done is kept", "why they were set aside: ", "that is more than --max-rejects")
 
 
 class Job:

@@ -11,6 +11,7 @@ import pytest
 
 from jobs import cluster
 from jobs.extract import Settings, extract
+from pipeline.errors import Stopped
 from pipeline.store import Store
 from pipeline.worker import Decoder, UnitWriter
 from shards import write_shard
@@ -27,6 +28,30 @@ def test_engines_always_leave_room_for_a_decode_task(threads, engines, cpus):
     assert engines * share + cluster.DECODE_CPUS <= cpus or share == 0.01
     assert 0 < share <= max(1, threads - 1) and share != cluster.DECODE_CPUS
     assert share < 1 or share == int(share)
+
+
+@pytest.mark.parametrize("failing", [0, 2, 3])
+def test_a_start_of_ray_that_times_out_is_tried_again(monkeypatch, capsys, failing):
+    """Twice, said each time; then the job is stopped, for the same command to go on."""
+    import ray
+
+    calls = []
+
+    def init(**settings):
+        calls.append(settings)
+        if len(calls) <= failing:
+            raise Exception("The current node timed out during startup.\nMore.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if failing < 3:
+        assert cluster._start(None) is ray
+    else:
+        with pytest.raises(Stopped, match="Ray did not start on this machine .The current node timed out during startup"):
+            cluster._start(None)
+    assert len(calls) == min(failing + 1, 3) and capsys.readouterr().err.count("trying again") == min(failing, 2)
 
 
 @pytest.fixture()

@@ -163,7 +163,7 @@ def in_small_shards(made: digits.Digits, folder: Path, each: int = 32) -> int:
 def hurt(job: Job, what: str, run: Path, chance: random.Random) -> dict[str, tuple[int, int]]:
     """Do it at a random moment after a few more units, SIGTERM before the first; returns the files that were committed then."""
     if what == "SIGTERM":
-        job.until(lambda: "waiting for the first unit" in job.stderr())
+        job.until(lambda: "waiting for the first unit" in job.stderr(), 240)
         job.process.terminate()  # as a scheduler does
         return committed(run)
     enough = len(committed(run)) + chance.randint(1, 4)
