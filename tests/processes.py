@@ -45,7 +45,7 @@ class Job:
         """A living descendant in whose title `word` stands: `_Writer` is an engine's actor, `_decode` a decode worker at work."""
         return next((p for p in self.family() if word in _title(p)), None)
 
-    def until(self, wanted: Callable[[], object], seconds: float = 120, pause: float = 0.02):
+    def until(self, wanted: Callable[[], object], seconds: float = 240, pause: float = 0.02):
         """What `wanted` gives, as soon as it gives anything while the job runs."""
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
