@@ -40,7 +40,8 @@ class Work:
 def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int | None = None) -> int:
     """Do every unit of `todo`, `samples` of the job's `total`; returns how many were run.
 
-    cost: what the samples are worth in images of an extraction, where that is not their number. Raises Stopped if units fail with a reason, or if many
+    A unit that is left is cut by `give_up`; one sample by itself is given up only when it has had the workers to itself, so that none is blamed for
+    another. cost: what the samples are worth in images of an extraction, where that is not their number. Raises Stopped if units fail with a reason, or if many
     of them kill their workers.
     """
     faults: dict[str, str] = {}
@@ -48,22 +49,27 @@ def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int 
     workers = cluster.workers(work.decoder, work.writer, work.threads, work.device, work.address, work.actors, samples if cost is None else cost)
     with workers as stream, ProgressBar(work.name, total, total - samples) as bar:
         bar.waiting(stream.waiting)
+        alone: list[Unit] = []
         while todo:
-            for receipt in stream(todo, ATTEMPTS if units_run == 0 or todo[0].samples == 1 else 1):
-                units_run += 1
-                if receipt.fault:
-                    faults[receipt.stem] = receipt.fault
-                else:
-                    bar.advance(receipt.samples)
+            together = [unit for unit in todo if unit not in alone]
+            for units, attempts in [(together, 1 if barren or units_run else ATTEMPTS), *(([unit], ATTEMPTS) for unit in alone)]:
+                for receipt in stream(units, attempts) if units else ():
+                    units_run += 1
+                    if receipt.fault:
+                        faults[receipt.stem] = receipt.fault
+                    else:
+                        bar.advance(receipt.samples)
             left = [unit for unit in todo if not work.is_committed(unit)]
             barren = barren + 1 if len(left) == len(todo) else 0
             if any(unit.stem in faults for unit in left) or (barren and len(left) > 8) or barren > 3 and todo[0].samples > 1:
                 raise undone(work.name, len(left), next(iter(faults.values()), "their workers died without a word (out of memory?)"))
             todo = []
             for unit in left:
-                parts = work.give_up(unit)
+                suspect = unit.samples == 1 and unit not in alone  # it may only have waited where another killed the worker
+                parts = [unit] if suspect else work.give_up(unit)
                 todo += parts
                 bar.advance(0 if parts else unit.samples)
+            alone = [unit for unit in todo if unit.samples == 1]
     return units_run
 
 
