@@ -19,7 +19,8 @@ from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.units import Unit
 from pipeline.worker import Receipt
 
-ATTEMPTS = 3  # times a unit may fail or kill its worker before it is given up
+ATTEMPTS = 3  # times a sample by itself may kill its worker before it is given up
+FIRST = 2  # times a unit is tried beside the others, before it is cut
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int 
         alone: list[Unit] = []
         while todo:
             together = [unit for unit in todo if unit not in alone]
-            for units, attempts in [(together, 1 if barren or units_run else ATTEMPTS), *(([unit], ATTEMPTS) for unit in alone)]:
+            for units, attempts in [(together, 1 if barren or units_run else FIRST), *(([unit], ATTEMPTS) for unit in alone)]:
                 for receipt in stream(units, attempts) if units else ():
                     units_run += 1
                     if receipt.fault:

@@ -243,7 +243,7 @@ def test_a_sample_that_kills_and_one_that_raises_are_set_aside_alone(folder):
     touchy(source / "c.tar", 4, 6, at_1=GREEN)
     command = ["extract", "--run", run, "--dataset", "val", "--source", source, "--model", "networks:Touchy", "--address", "local", "--max-rejects"]
     with running(folder, *command, 2) as job:
-        code, stderr = job.wait(240), job.stderr()
+        code, stderr = job.wait(360), job.stderr()
         assert code == 0, stderr
         assert job.stdout() == "" and strangers(stderr, "val") == []
     assert "check: the network's process ended (SIGKILL) on one of the images that were looked at: nothing is said about top-1" in stderr
