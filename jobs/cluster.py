@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless o
 DECODE_CPUS = 0.5  # that a decode task reserves
 SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE"}  # of every worker: threads that spin beside decoders cost up to 20 times
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+ANSWER = 10.0  # seconds in which a cluster's head accepts a connection
 STARTS = 3  # times that Ray is started on this machine before it is given up
 ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
 
@@ -131,8 +133,11 @@ def _start(address: str | None):
 
 
 def _join(ray, address: str) -> None:
-    """Raises BadRequest if there is no cluster."""
+    """Raises BadRequest if there is no cluster, at once where nothing listens: Ray itself tries for half a minute, and hears no signal meanwhile."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdecimal():
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
         with _muted(), _own_sigterm():
             ray.init(address=address, runtime_env={"env_vars": SETTINGS}, **QUIET)
     except Exception as fault:

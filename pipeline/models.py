@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import math
 import os
+import pickle
 import re
 import sys
 import urllib.error
@@ -146,8 +147,7 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], str]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0][:160]
-        raise BadRequest(f"--weights: {printable(path)} cannot be read as weights alone ({printable(reason)}); save a state dict with torch.save or as .safetensors") from None
+        raise BadRequest(f"--weights: {printable(path)} cannot be read as weights alone ({_why(fault)}); save a state dict with torch.save or as .safetensors") from None
     keys = ("state_dict", "model", "model_state_dict", "net")
     while isinstance(state, dict) and (key := next((k for k in keys if isinstance(state.get(k), dict)), None)):
         state = state[key]
@@ -156,6 +156,18 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], str]:
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): v for name, v in state.items()}
     return state, file_sha256(path)
+
+
+def _why(fault: Exception) -> str:
+    """Why a file is not read, in few words: what torch says runs over several lines, and recommends running what the file asks for."""
+    text = str(fault).strip()
+    if asked := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks to call {printable(asked[1])[:80]}, which was not called: it holds more than tensors"
+    if isinstance(fault, (pickle.UnpicklingError, KeyError, IndexError, EOFError)):
+        return "it is no file that torch.save wrote, or is cut short"
+    if "PytorchStreamReader" in text:
+        return "it is damaged or cut short"
+    return printable((text or type(fault).__name__).splitlines()[0])[:160]
 
 
 def file_sha256(path: str | Path) -> str:

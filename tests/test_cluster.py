@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from jobs import cluster
 from jobs.extract import Settings, extract
-from pipeline.errors import Stopped
+from pipeline.errors import BadRequest, Stopped
 from pipeline.store import Store
 from pipeline.worker import Decoder, UnitWriter
 from shards import write_shard
@@ -52,6 +53,18 @@ def test_a_start_of_ray_that_times_out_is_tried_again(monkeypatch, capsys, faili
         with pytest.raises(Stopped, match="Ray did not start on this machine .The current node timed out during startup"):
             cluster._start(None)
     assert len(calls) == min(failing + 1, 3) and capsys.readouterr().err.count("trying again") == min(failing, 2)
+
+
+def test_an_address_where_nothing_listens_is_told_at_once(monkeypatch):
+    """Ray itself tries for half a minute, in which no signal is heard."""
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("Ray was asked"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(BadRequest, match=f"^--address: no Ray cluster can be joined at 127.0.0.1:{port} .*refused"):
+        cluster.device_for("cpu", f"127.0.0.1:{port}")
 
 
 @pytest.fixture()

@@ -76,6 +76,7 @@ def test_relative_path_and_brackets_in_a_real_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spec, message",
     [
+        ("", "^--source is empty .*; give tar shards"),
         ("nowhere.tar", "there is no .*nowhere.tar; give tar shards"),
         ("val-{00..05}.tar", r"there is no .*val-03.tar \(and 2 more\)"),
         ("x*.tar", r"there is no .*x\*\.tar"),

@@ -37,6 +37,8 @@ def write(folder, case):
     """A data set with one ID in two places."""
     if case == "in a shard":
         shards.write_tar(folder / "a.tar", pairs("x", "y", "x"))
+    elif case == "in a row":
+        shards.write_tar(folder / "a.tar", pairs("v", "x", "x"))
     elif case == "across shards":
         shards.write_tar(folder / "a.tar", pairs("v", "x"))
         shards.write_tar(folder / "b.tar", pairs("y", "x"))
@@ -52,6 +54,8 @@ def write(folder, case):
         shards.write_tree(folder, {"cat/x.1.jpg": b"J", "cat/x.2.jpg": b"J", "dog/1.jpg": b"J"})
     elif case == "tar of class folders":
         shards.write_tar(folder / "a.tar", [("v/0/a.jpg", b"J"), ("v/1/a.jpg", b"J"), ("v/0/a.jpg", b"J")])
+    elif case == "twice in a row in a tar":
+        shards.write_tar(folder / "a.tar", [("v/0/a.jpg", b"J"), ("v/1/a.jpg", b"J"), ("v/1/a.jpg", b"J")])
     elif case == "parquet":
         write_parquet(folder / "a.parquet", ["x.jpg", None, "y.jpg"])
         write_parquet(folder / "b.parquet", [None, "z/0.jpg", "x.png"])
@@ -65,12 +69,14 @@ def write(folder, case):
     "case, message",
     [
         ("in a shard", r"the ID 'x' stands twice, in a.tar \(x.jpg\) and in a.tar \(x.jpg\): remove or rename one of them"),
+        ("in a row", r"the ID 'x' stands twice, in a.tar \(x.jpg\) and in a.tar \(x.jpg again, at byte 4096\): remove or rename one of them"),
         ("across shards", r"the ID 'x' stands twice, in a.tar \(x.jpg\) and in b.tar \(x.jpg\): remove or rename"),
         ("tar.gz", r"the ID 'x' stands twice, in a.tar.gz \(x.jpg\) and in a.tar.gz"),
         ("not sorted", r"the ID 'x' stands twice, in a.tar \(x.cls\) and in a.tar \(x.jpg\): the members of a sample must follow each other \(tar --sort=name\)"),
         ("class folders", "the ID 'ILSVRC2012_val_00000007' stands twice, in n00000001/ILSVRC2012_val_00000007.JPEG and in n00000002/ILSVRC2012_val_00000007.JPEG: remove"),
         ("one stem", r"the ID 'cat/x' stands twice, in cat/x.1.jpg and in cat/x.2.jpg: rename one of them \(an ID ends at the first dot of a file name\)"),
         ("tar of class folders", r"the ID 'v/0/a' stands twice, in a.tar \(v/0/a.jpg\)"),
+        ("twice in a row in a tar", r"the ID 'v/1/a' stands twice, in a.tar \(v/1/a.jpg\) and in a.tar \(v/1/a.jpg again, at byte 2048\)"),
         ("parquet", r"the ID 'x' stands twice, in a.parquet \(row 0\) and in b.parquet \(row 2\)"),
         ("arrays", r"the ID 'a/000000' stands twice, in a.np. \(image 0\) and in a.np. \(image 0\)"),
     ],

@@ -50,7 +50,7 @@ class Ids:
                 raise BadRequest(f"--source: the ID '{printable(sample_id)}' stands twice, in {printable(one)} and in {printable(other)}: {self._remedy(one, other)}")
 
     def _remedy(self, one: str, other: str) -> str:
-        if key_of(one)[0] != key_of(other)[0] or one == other:
+        if key_of(one)[0] != key_of(other)[0] or other.startswith(one.removesuffix(")")):
             return "remove or rename one of them, or extract them as data sets of their own"
         if self.source.kind == "webdataset":
             return "the members of a sample must follow each other (tar --sort=name), and no two samples be called the same"

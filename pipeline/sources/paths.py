@@ -19,6 +19,8 @@ def paths_of(spec: str) -> tuple[list[str], str, str]:
 
     One path may be a folder. Raises BadRequest if nothing is there, or part of it is not.
     """
+    if not spec.strip():
+        raise BadRequest(f"--source is empty (a variable that is not set?); give {ACCEPTED}")
     whole = os.path.abspath(os.path.expanduser(spec))
     there = whole
     while not os.path.lexists(there):

@@ -40,8 +40,8 @@ class TarFolders(Source):
         marks: list[tuple[int, object, dict]] = []
 
         def note(position: int, group: Group) -> None:
-            if each:
-                each(sample_id_of(group.key), group.key)
+            for times, member in enumerate(group.members if each else ()):
+                each(sample_id_of(group.key), group.key + (f" again, at byte {member.offset}" if times else ""))
             if position % MARK_EVERY == 0:
                 marks.append((position, group.members[0].offset, {}))
             marks[-1][2][posixpath.dirname(group.key)] = None

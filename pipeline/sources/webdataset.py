@@ -41,6 +41,8 @@ class WebDataset(Source):
         def note(position: int, group: Group) -> None:
             if each:
                 each(group.key, group.members[0].name)
+                if again := _second(group.members):
+                    each(group.key, f"{again.name} again, at byte {again.offset}")
             if position % MARK_EVERY == 0 and not is_gzip(name):
                 marks.append((position, group.members[0].offset))
 
@@ -71,6 +73,13 @@ def _key(member: tarfile.TarInfo) -> str:
 
 def _is_part(member: str) -> bool:
     return key_of(member)[1] in IMAGES + LABELS
+
+
+def _second(members: list[tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The image of a second sample that follows another of its own key: image and label are both there twice."""
+    kinds = [key_of(member.name)[1] for member in members]
+    images, labels = ([m for m, kind in zip(members, kinds) if kind == one] for one in (max(of, key=kinds.count) for of in (IMAGES, LABELS)))
+    return images[1] if len(images) > 1 and len(labels) > 1 else None
 
 
 def _sample(tar: Group, key: str, members: list[tarfile.TarInfo]) -> RawSample:
