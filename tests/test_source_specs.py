@@ -76,7 +76,6 @@ def test_relative_path_and_brackets_in_a_real_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("", "^--source is empty .*; give tar shards"),
         ("nowhere.tar", "there is no .*nowhere.tar; give tar shards"),
         ("val-{00..05}.tar", r"there is no .*val-03.tar \(and 2 more\)"),
         ("x*.tar", r"there is no .*x\*\.tar"),
@@ -93,6 +92,10 @@ def test_unusable_source_is_refused_by_name(many, spec, message):
     with pytest.raises(BadRequest, match=f"^--source: .*{message}" if not message.startswith("there") else f"^--source: {message}"):
         open_source(os.path.join(many, spec))
 
+
+def test_an_empty_source_is_not_the_folder_that_one_is_in():
+    with pytest.raises(BadRequest, match="^--source is empty .*; give tar shards"):
+        open_source(" ")
 
 
 @pytest.mark.parametrize(
