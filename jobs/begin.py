@@ -80,7 +80,7 @@ def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
     except BadRequest:  # because of one bad image?
         images, classes = trials[-1], check_network(classifier.network, trials[-1])
     engine, reason = (asked.engine, "as asked") if asked.engine != "auto" else choose_engine(classifier.network, images)
-    say(f"engine: {engine} ({reason}); {layers.total:,} filters in {len(layers.layers)} layers, {classes} classes")
+    say(f"engine: {engine} ({reason}); {layers.total:,} filters in {len(layers.layers)} layer{'s' * (len(layers.layers) != 1)}, {classes} classes")
     names = classifier.class_names if classifier.class_names and len(classifier.class_names) == classes else None
     return Manifest(
         model=asked.model, weights_sha256=classifier.weights_sha256, layers=layers, preprocessing=classifier.preprocessing, aggregation=asked.aggregation,
@@ -121,9 +121,9 @@ def admit(asked: Asked, seen: Look, again: Callable[[int], Look], manifest: Mani
     judge = partial(apart, judged, asked) if alone else partial(judged, asked, classifier=classifier or asked.load())
     try:
         manifest, found = judge(seen, manifest)
-        if found.puzzling:
+        if found.puzzling and len((more := again(AGAIN)).samples) > len(seen.samples):
             say(f"check: top-1 is {found.top1:.3f} on {found.seen} images, which is little; looking at more")
-            manifest, found = judge(again(AGAIN), manifest)
+            manifest, found = judge(more, manifest)
     except Died as death:
         say(f"check: the network's process ended ({death}) on one of the images that were looked at: nothing is said about top-1")
         return manifest or _described_alone(asked, seen)

@@ -98,7 +98,7 @@ def check(spec: str, model: str, weights: str | None = None, preprocess: str | N
     warnings = [*source.advice(names), *filter(None, [lost]), *found.warnings]
     labels = [s.label for s in seen.samples]
     return Report(
-        source.kind, len(names), counted.samples, counted.exact, (min(labels), max(labels)), len(set(labels)), manifest.classes, _order(found), manifest.layers.total, len(manifest.layers.layers),
+        source.kind, len(names), counted.samples, counted.exact, (min(labels), max(labels)), len(set(labels)), manifest.classes, "follows the WordNet IDs, by the devkit" if isinstance(source, FlatImageNet) else _order(found), manifest.layers.total, len(manifest.layers.layers),
         manifest.engine, device, found.seen, found.top1, found.low, found.high, found.promised, found.mistake.name if found.mistake else None, found.undone,
         rate, counted.samples / rate / 3600, int(counted.samples * row_bytes), [*found.faults, *found.doubts], warnings,
     )  # fmt: skip

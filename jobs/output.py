@@ -96,12 +96,12 @@ def check(report: Report, format: str) -> None:
     rows = [
         ["source", f"{r.kind}, {r.shards:,} shard{'s' * (r.shards != 1)}, {about}"],
         ["labels", f"{r.label_range[0]}..{r.label_range[1]}, {r.labels_seen:,} of {r.classes:,} classes seen; class order {r.class_order}"],
-        ["network", f"{r.filters:,} filters in {r.layers} layers, engine {r.engine} on {r.device}"],
+        ["network", f"{r.filters:,} filters in {r.layers} layer{'s' * (r.layers != 1)}, engine {r.engine} on {r.device}"],
         ["top-1", f"{r.top1:.3f} ({r.top1_low:.3f} to {r.top1_high:.3f}) on {r.seen} images spread over the source{promise}"],
         *undone,
         ["cost", f"{r.images_per_s:,.1f} images/s on this machine: {duration(3600 * r.hours)} and {_size(r.bytes)} for all"],
         *(["warning", line] for line in r.warnings),
-        *(["fault", line] for fault in r.faults for line in fault.splitlines()),
+        *(["remedy" if at else "fault", line] for fault in r.faults for at, line in enumerate(fault.splitlines())),
         ["verdict", r.verdict],
     ]
     table(None, rows)

@@ -146,7 +146,7 @@ def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, 
                 if not failures:  # what a network refuses is not what it wants
                     tried.append((mistake, answer.argmax(1).numpy() == labels, float(answer.softmax(1).amax(1).mean())))
             found = _explained(found, right, tried)
-    _judge(found, right, as_is, classes)
+    _judge(found, right, as_is, classes, "; labels in the devkit's order were not tried, for want of the devkit (faultline check --devkit tries them)" if classes == len(IDS) and not devkit else "")
     return found
 
 
@@ -254,15 +254,15 @@ def _explained(found: Diagnosis, right: np.ndarray, mistakes: Iterable[tuple[Mis
     return replace(found, mistake=mistake, undone=undone, faults=[*found.faults, text])
 
 
-def _judge(found: Diagnosis, right: np.ndarray, logits: torch.Tensor, classes: int) -> None:
-    """What top-1 alone says, where no mistake explains it."""
+def _judge(found: Diagnosis, right: np.ndarray, logits: torch.Tensor, classes: int, untried: str) -> None:
+    """What top-1 alone says, where no mistake explains it. `untried`: which mistake could not be looked for, and why."""
     from scipy.stats import binomtest
 
     n, top1 = len(right), found.top1
     if not found.mistake and binomtest(found.correct, n, 1 / classes, alternative="greater").pvalue > CHANCE:
         counts = np.bincount(logits.argmax(1).numpy(), minlength=classes)
         same = f"it gives class {counts.argmax()} to {counts.max()} of them: are these its weights?"
-        sure = f"with a mean confidence of {found.confidence:.2f}: the labels, or the images, are not those of its training, and no usual mistake explains it"
+        sure = f"with a mean confidence of {found.confidence:.2f}: the labels, or the images, are not those of its training, and no usual mistake explains it{untried}"
         unsure = f"it is sure of nothing (mean confidence {found.confidence:.3f}): are these its weights?"
         text = f"the network is right on {found.correct} of {n} images, no more often than chance (1 of {classes} classes); {same if 2 * counts.max() > n else unsure if found.confidence < 2 / classes else sure}"
         knows = found.promised is not None and 2 * counts.max() <= n  # an untrained network on purpose is not refused

@@ -14,8 +14,10 @@ import pickle
 import re
 import sys
 import urllib.error
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -145,7 +147,8 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], str]:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # about a pickle's protocol, before it is refused
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:
         raise BadRequest(f"--weights: {printable(path)} cannot be read as weights alone ({_why(fault)}); save a state dict with torch.save or as .safetensors") from None
     keys = ("state_dict", "model", "model_state_dict", "net")
@@ -181,11 +184,12 @@ def fit(network: torch.nn.Module, state: dict[str, torch.Tensor], model: str) ->
     own = network.state_dict()
     state = OrderedDict((name if name in own else _new_name(name), value) for name, value in state.items())
     counters = {name for name in own if name.endswith("num_batches_tracked")}
-    faults = [f"{name} is missing" for name in own if name not in state and name not in counters]
-    faults += [f"{name} is not in the network" for name in state if name not in own]
-    faults += [f"{name} is {list(state[name].shape)} where the network has {list(own[name].shape)}" for name in own if name in state and state[name].shape != own[name].shape]
+    missing = [f"{name} is missing" for name in own if name not in state and name not in counters]
+    foreign = [f"{name} is not in the network" for name in state if name not in own]
+    misshapen = [f"{name} is {list(state[name].shape)} where the network has {list(own[name].shape)}" for name in own if name in state and state[name].shape != own[name].shape]
+    faults = [fault for some in zip_longest(missing, foreign, misshapen) for fault in some if fault]  # some of each kind first
     if faults:
-        shown = "; ".join(map(printable, faults[:3])) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        shown = "; ".join(map(printable, faults[:4])) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         raise BadRequest(f"--weights: these are not the weights of {printable(model)}: {shown}")
     state._metadata = getattr(own, "_metadata", None)  # versions of modules, which some loaders insist on and few files carry: what fits is of the present ones
     network.load_state_dict(state, strict=False)

@@ -145,6 +145,7 @@ def test_labels_that_nothing_explains_are_no_better_than_chance(tmp_path):
     source = write(tmp_path / "source", lambda label: int(order[label]))
     ended = check(source)
     assert ended.code == 2 and ended.json["mistake"] is None and "no more often than chance" in ended.err and "not those of its training" in ended.err
+    assert "labels in the devkit's order were not tried, for want of the devkit (faultline check --devkit tries them)" in ended.err
     went_on = extract(source, tmp_path / "run")
     assert went_on.code == 0 and "check: the network is right on 0 of 100 images" in went_on.err
 

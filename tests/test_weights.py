@@ -60,9 +60,10 @@ def test_safetensors_and_another_digest_for_other_weights(tmp_path, state):
         (lambda s: s.update({"linear.weight": torch.zeros(100, 64)}), r"linear.weight is \[100, 64\] where the network has \[10, 64\]"),
         (lambda s: s.update({"conv1.weight": torch.zeros(16, 3, 3)}), r"conv1.weight is \[16, 3, 3\]"),
         (lambda s: [s.pop(name) for name in list(s) if "layer3" in name], r"layer3.* is missing; .*; and \d+ more"),
+        (lambda s: [s.update({f"model.{name}": s.pop(name)}) for name in list(s)], r"conv1.weight is missing; model.conv1.weight is not in the network; .*; and \d+ more"),
         (lambda s: s.update({"e\x1b[2J": torch.zeros(1)}), re.escape("e\\x1b[2J is not in the network")),
     ],
-    ids=["missing", "unexpected", "shape", "dimensions", "many", "control characters"],
+    ids=["missing", "unexpected", "shape", "dimensions", "many", "prefix", "control characters"],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, state, change, message):
     other = dict(state)
