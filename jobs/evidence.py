@@ -9,6 +9,7 @@ import typer
 
 from jobs.options import Actors, Address, Chosen, Dataset, Device, Fresh, MaxSamples, Name, Record, Reference, RunOption, Seed, engines
 from jobs.progress import say
+from pipeline.errors import BadRequest, printable
 
 
 def profile(
@@ -107,11 +108,67 @@ def explain(
 ) -> None:
     """What in one image made its filters fail: input saliency, beside its filters, its profile and its neighbours."""
     from jobs import output
-    from jobs.explain import Target, Wanted, explain as job
+    from jobs.case import Target
+    from jobs.explain import Wanted, explain as job
 
     output.check_format(format, ("table", "json"))
     found = job(Target(target, run, label, model, weights, preprocess, statistics, aggregation, reference, name, device), Wanted(k, filters, layers, boost, smooth, noise, seed), out)
     output.explained(found, format)
+
+
+def mask(
+    target: Annotated[Optional[str], typer.Argument(metavar="[ID|FILE]", help="One image, as in explain: its case study. Without it: all misclassified samples of a data set.", show_default=False)] = None,
+    run: Annotated[Optional[Path], typer.Option("--run", help="The run directory. A FILE needs none where --model and --statistics are given.", show_default=False)] = None,
+    percent: Annotated[Optional[str], typer.Option(help="Percent of the pixels that are masked. Default: 1,2,5,10,20, and 5 for one image.")] = None,
+    fill: Annotated[str, typer.Option(help="What masked pixels become: mean (the image's mean colour), blur, or noise. The paper does not say.")] = "mean",
+    k: Annotated[int, typer.Option("-k", help="How many of the most salient filters decide which pixels are salient.")] = 10,
+    boost: Annotated[float, typer.Option(help="What the filters' entries of the profile are multiplied by.")] = 100.0,
+    layers: Chosen = None,
+    hosts: Annotated[Optional[int], typer.Option(help="Paste the salient pixels into so many other images of the class that the network is right about (0: none). Default: 10, and 40 for one image.")] = None,
+    annotations: Annotated[Optional[Path], typer.Option("--boxes", help="Of a data set: the folder of ImageNet's annotations (.xml); pixels outside the object are masked too.")] = None,
+    region: Annotated[Optional[str], typer.Option(help="Of one image: a region of your own, LEFT,TOP,RIGHT,BOTTOM in pixels as the network sees it, or a PNG that is bright there.")] = None,
+    filters: Annotated[Optional[str], typer.Option(help="Of one image: these filters instead of the most salient, LAYER:CHANNEL, several with commas.")] = None,
+    label: Annotated[Optional[int], typer.Option(help="Of a FILE: its true class, as a number.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="Of a FILE without a run: the network, as in extract.")] = None,
+    weights: Annotated[Optional[str], typer.Option(help="Its weights, as in extract.")] = None,
+    preprocess: Annotated[Optional[str], typer.Option(help="Its preprocessing, as in extract.")] = None,
+    statistics: Annotated[Optional[Path], typer.Option(help="Of a FILE without a run: mu and sigma, a run's statistics/NAME.parquet or published ones (.pth).")] = None,
+    aggregation: Annotated[Optional[str], typer.Option(help="abs or signed: how published statistics were aggregated.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Of one image: the picture, .png, .svg or .pdf. Default: in experiments/mask of the run, or beside you for a FILE.")] = None,
+    dataset: Dataset = None,
+    reference: Reference = None,
+    max_samples: MaxSamples = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    device: Device = None,
+    actors: Actors = None,
+    address: Address = None,
+    format: Record = "table",
+) -> None:
+    """Mask the pixels that the failing filters are sensitive to, and see whether the error goes: figures 7 and 8 of the paper."""
+    from jobs import output
+    from jobs.case import Target
+    from jobs.case_study import OTHERS, study
+    from jobs.explain import Wanted
+    from jobs.experiment import Request
+    from jobs.mask import HOSTS, mask as job, shares_of
+
+    output.check_format(format, ("table", "json"))
+    alone = {"--region": region, "--filters": filters, "--label": label, "--model": model, "--weights": weights, "--preprocess": preprocess, "--statistics": statistics, "--aggregation": aggregation, "--out": out}
+    of_all = {"--boxes": annotations, "--max-samples": max_samples, "--fresh": fresh or None, "--actors": actors, "--address": address}
+    if given := [option for option, value in (of_all if target else alone).items() if value is not None]:
+        raise BadRequest(f"{', '.join(given)}: not for {'one image' if target else 'a whole data set'}; leave {'it' if len(given) == 1 else 'them'} out, or {'the image' if target else 'name an image'}")
+    if target is None:
+        if run is None:
+            raise BadRequest("--run: say which run, or name an image file with --label, --model and --statistics")
+        request = Request(run, dataset, reference, max_samples, seed, fresh, device, engines(actors), address)
+        _told(job(request, percent, fill, k, boost, layers, HOSTS if hosts is None else hosts, annotations), format)
+        return
+    shares = shares_of(percent or "5")
+    if len(shares) > 1:
+        raise BadRequest(f"--percent: '{printable(percent)}' are several; one image is masked by one of them")
+    asked = Target(target, run, label, model, weights, preprocess, statistics, aggregation, reference, None, device)
+    output.masked(study(asked, Wanted(k, filters, layers, boost, seed=seed), dataset, shares[0], fill, region, OTHERS if hosts is None else hosts, out), format)
 
 
 def sanity(
@@ -145,4 +202,4 @@ def _told(summary: dict, format: str) -> None:
     say(summary["found"])
 
 
-VERBS = (profile, prune, finetune, explain, sanity)
+VERBS = (profile, prune, finetune, explain, mask, sanity)

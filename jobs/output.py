@@ -75,6 +75,15 @@ def explained(found: dict, format: str) -> None:
     table(["filter", "layer", "channel", "standardised saliency"], [[at, f["layer"], f["filter"], f"{f['standardised']:+.2f}"] for at, f in enumerate(found["filters"], 1)])
 
 
+def masked(found: dict, format: str) -> None:
+    """What `faultline mask` found of one image."""
+    if format == "json":
+        _json(found)
+        return
+    head = ["masked", "predicted", "true confidence", "wrong confidence", "the filters' standardised saliency"]
+    table(head, [[s["what"], named(s, "prediction"), f"{s['true_confidence']:.3f}", f"{s['wrong_confidence']:.3f}", f"{s['filters_standardised']:+.2f}"] for s in found["steps"]])
+
+
 def check(report: Report, format: str) -> None:
     """What the doctor found."""
     r = report

@@ -92,14 +92,26 @@ class Choice:
 
 @dataclass(frozen=True)
 class Named:
-    """The sample of one ID alone, wherever a `Choice` is asked for its rows."""
+    """The samples of these IDs alone, wherever a `Choice` is asked for its rows."""
 
-    sample_id: str
+    sample_ids: frozenset[str]
 
     def rows(self, facts: pa.Table | pa.RecordBatch) -> np.ndarray:
-        """int64 [1], or [0] where it is not among them."""
-        at = pc.index(facts["sample_id"], self.sample_id).as_py()
-        return np.array([at] if at >= 0 else [], np.int64)
+        """int64 positions of those that are among them."""
+        return np.flatnonzero(pc.is_in(facts["sample_id"], pa.array(sorted(self.sample_ids), pa.string())).to_numpy(zero_copy_only=False))
+
+    @classmethod
+    def of_each_class(cls, store: Store, dataset: str, subset: str, most: int, seed: int, only: int | None = None) -> Named:
+        """Of every label, or of one alone, the `most` samples of a subset with the smallest seeded hashes, or all."""
+        choice, nearest = Choice(subset, seed), {}
+        for _, _, batch in store.blocks(dataset, list(FACTS), 65536):
+            facts = batch.take(pa.array(choice._eligible(batch)))
+            ids = facts["sample_id"].to_pylist()
+            for label, value, sample_id in zip(facts["label"].to_pylist(), choice.hashes(ids).tolist(), ids):
+                if only in (None, label):
+                    nearest.setdefault(label, []).append((value, sample_id))
+            nearest = {label: sorted(found)[:most] for label, found in nearest.items()}
+        return cls(frozenset(sample_id for found in nearest.values() for _, sample_id in found))
 
 
 def units_of(store: Store, dataset: str, choice: Choice | Named) -> list[tuple[Unit, int]]:
@@ -215,7 +227,7 @@ def unpack(gathered: pa.Table) -> tuple[list[Sample], pa.Table, list[list[str]]]
     return samples, rows.drop_columns([name for name, _ in PIXELS]), [[i, r] for i, r in zip(gathered["sample_id"].to_pylist(), reasons) if r is not None]
 
 
-def gathered(store: Store, dataset: str, choice: Choice, columns: tuple[str, ...] = ()) -> Iterator[tuple[list[Sample], pa.Table]]:
+def gathered(store: Store, dataset: str, choice: Choice | Named, columns: tuple[str, ...] = ()) -> Iterator[tuple[list[Sample], pa.Table]]:
     """(samples, their profile rows) of a data set, a unit at a time, here: for an experiment that needs images of a second data set. Those that cannot be had are left out."""
     gatherer = Gatherer.of(store, dataset, choice, columns, True)
     for unit, _ in units_of(store, dataset, choice):

@@ -13,6 +13,7 @@ LAYERS = [
     {"pipeline.sources"},
     {"pipeline.samples"},
     {"pipeline.filters"},
+    {"pipeline.boxes"},
     {"pipeline.models", "pipeline.saliency", "pipeline.statistics"},
     {"pipeline.explanation"},
     {"pipeline.manifest", "pipeline.units"},

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import shards
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,22 @@ class Net(nn.Module):
 
 def net() -> nn.Module:
     return Net()
+
+
+class Level(Net):
+    """Answers with each class as readily as with any other, on pictures such as `shards.picture`."""
+
+    def __init__(self):
+        super().__init__()
+        pixels = [np.asarray(shards.picture(i), np.float32) for i in range(60)]
+        with torch.no_grad():
+            logits = self(torch.from_numpy((np.stack(pixels) / 255 - 0.5) / 0.25).permute(0, 3, 1, 2))
+            self.linear.weight /= logits.std(0)[:, None]
+            self.linear.bias.copy_((self.linear.bias - logits.mean(0)) / logits.std(0))
+
+
+def level() -> nn.Module:
+    return Level()
 
 
 def other_weights() -> nn.Module:

@@ -25,7 +25,7 @@ def ranking(strategy: str, standardised: np.ndarray, live: np.ndarray, seed: int
         return columns[np.argsort(-keys if strategy == "salient" else keys, kind="stable")]
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is '{strategy}'; there are {', '.join(STRATEGIES)}")
-    order = np.argsort(_draws(len(live), seed, sample_id), kind="stable")
+    order = np.argsort(draws(len(live), seed, sample_id), kind="stable")
     return order if strategy == "random" else order[live[order]]
 
 
@@ -34,7 +34,7 @@ def choose(strategy: str, k: int, standardised: np.ndarray, live: np.ndarray, se
     return ranking(strategy, standardised, live, seed, sample_id)[:k]
 
 
-def _draws(count: int, seed: int, sample_id: str) -> np.ndarray:
+def draws(count: int, seed: int, sample_id: str) -> np.ndarray:
     """uint64 [count] from Philox, whose raw words are the same in every version of numpy and on every machine."""
     digest = hashlib.sha256(f"{seed}\0".encode() + sample_id.encode("utf-8", "surrogateescape")).digest()
     return np.random.Philox(key=np.frombuffer(digest[:16], "<u8")).random_raw(count)
