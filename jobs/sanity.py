@@ -30,11 +30,13 @@ OTHERS = 8  # samples that every sample is compared with, and on which BatchNorm
 AT_MOST = 9  # networks: the trained one, its head randomised, and the stages below
 OTHER = -1  # the stage of the rows that are about other samples
 TOGETHER = 32  # samples
-MEASURES = {"profile_cosine": "the profile's cosine", "profile_rank": "the order of filters within a layer", "map_rank": "the order of a map's pixels"}
+LIVELY = 0.01  # of the median sigma: a filter that differed less than that hardly ever answered, and outweighs all others once shuffling wakes it
+MEASURES = {"profile_cosine": "the profile's cosine", "profile_cosine_lively": "the same without", "profile_rank": "the order of filters within a layer", "map_rank": "the order of a map's pixels"}
 MEANING = {
-    "profile_cosine": "so much of a profile any weights give",
-    "profile_rank": "so much of the order is the architecture's",
-    "map_rank": "so much of a map is edges of the image, which a network that knows nothing shows as well",
+    "profile_cosine": "any weights give {}",
+    "profile_cosine_lively": "any weights give {}",
+    "profile_rank": "{} is the architecture's",
+    "map_rank": "{} is the image's, as in an edge detector, and not what was learnt",
 }
 SCHEMA = pa.schema([("sample_id", pa.string()), ("stage", pa.int32()), ("layer", pa.string()), *((name, pa.float64()) for name in MEASURES), ("silent", pa.bool_())])
 
@@ -151,12 +153,13 @@ class Explainer:
         return [*found, self._rows(asked, OTHER, None, means, np.zeros(len(heats), bool))]
 
     def _similar(self, asked: Asked, heats: np.ndarray, saliency: np.ndarray, maps: np.ndarray | None) -> np.ndarray:
-        """float64 [3, B], as in `MEASURES`; NaN of maps where there are none."""
+        """float64 [4, B], as in `MEASURES`; NaN of maps where there are none."""
         from pipeline.explanation.sanity import cosine, rank_within_layers, spearman
 
         profiles = [self.reference.standardise(rows) for rows in (asked.saliency, saliency)]
         ranks = rank_within_layers(asked.saliency, saliency, self.manifest.layers, self.reference.live)
-        return np.stack([cosine(*profiles), ranks, np.full(len(heats), np.nan) if maps is None else spearman(heats, maps)])
+        lively = self.reference.std >= LIVELY * np.median(self.reference.std[self.reference.live])
+        return np.stack([cosine(*profiles), cosine(*(rows[:, lively] for rows in profiles)), ranks, np.full(len(heats), np.nan) if maps is None else spearman(heats, maps)])
 
     def _rows(self, asked: Asked, stage: int, layer: str | None, similar: np.ndarray, silent: np.ndarray) -> pa.Table:
         count = len(asked.ids)
@@ -195,10 +198,11 @@ class Sanity:
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
         """Of every measure the mean over samples at every stage with bootstrap intervals, and of `other` samples; `apart`: after the last stage less another sample's, on the same
         samples; `silent`: how many maps have no spread at all at a stage, which count 0."""
+        live = reference.std[reference.live]
         rows = rows.sort_by([("sample_id", "ascending"), ("stage", "ascending")])
         count = pc.max(rows["stage"]).as_py() + 1
         by = {stage: rows.filter(pc.equal(rows["stage"], stage)) for stage in range(OTHER, count)}
-        summary = {"dataset": dataset, "samples": by[0].num_rows, "k": self.experiment.k, "boost": self.experiment.boost, "dead_filters": int((~reference.live).sum()), "stages": [by[stage]["layer"][0].as_py() for stage in range(count)]}
+        summary = {"dataset": dataset, "samples": by[0].num_rows, "k": self.experiment.k, "boost": self.experiment.boost, "dead_filters": int((~reference.live).sum()), "hardly_alive": int((live < LIVELY * np.median(live)).sum()), "stages": [by[stage]["layer"][0].as_py() for stage in range(count)]}
         other, apart = {}, {}
         for name in MEASURES:
             values = np.stack([by[stage][name].to_numpy() for stage in range(count)], 1)
@@ -220,12 +224,13 @@ class Sanity:
         asked = f"{summary['samples']:,} misclassified sample{'s' * (summary['samples'] != 1)} of data set {summary['dataset']}"
         stages = ["nothing", *summary["stages"][1:]]
         note = "bands: 95% intervals over samples, one draw of the shuffles; other samples: each with up to 8 others, by the trained network"
+        cosines = {"profile_cosine": "ŝ, cosine"} | ({"profile_cosine_lively": f"ŝ, cosine, without {summary['hardly_alive']:,} hardly alive"} if summary["hardly_alive"] else {})
         for figure, title, up, names in (
-            ("profile", f"Profiles of {asked}", "similarity to the trained network's", {"profile_cosine": "ŝ, cosine", "profile_rank": "s̄, rank correlation within layers"}),
+            ("profile", f"Profiles of {asked}", "similarity to the trained network's", cosines | {"profile_rank": "s̄, rank correlation within layers"}),
             ("map", f"Heat maps of {asked}", "rank correlation with the trained network's", {"map_rank": f"map of the {summary['k']} most salient filters"}),
         ):
             bands = {shown: tuple(summary[name][key] for key in ("mean", "low", "high")) for name, shown in names.items()}
-            bands |= {f"{shown}: other samples": tuple([level[key]] * len(stages) for key in ("estimate", "low", "high")) for name, shown in names.items() if (level := summary["other"][name])}
+            bands |= {f"{shown}: other samples": tuple([level[key]] * len(stages) for key in ("estimate", "low", "high")) for name, shown in names.items() if name != "profile_cosine_lively" and (level := summary["other"][name])}
             charts.by_layer(folder / figure, bands, stages, charts.Words(title, "randomised, from the output down to", up, note))
 
 
@@ -245,7 +250,10 @@ def sanity(request: Request, k: int, boost: float) -> dict:
 def found(summary: dict) -> str:
     """What randomising does to profiles and maps, in one sentence."""
     n = summary["samples"]
-    parts = [f"{words} {_fall(summary, name)}" for name, words in MEASURES.items()]
+    quiet = summary["hardly_alive"]
+    without = f"{MEASURES['profile_cosine_lively']} {quiet:,} filter{'s' * (quiet != 1)} that hardly ever answered (sigma below a hundredth of the median)"
+    shown = MEASURES | {"profile_cosine_lively": without} if quiet else {name: words for name, words in MEASURES.items() if name != "profile_cosine_lively"}
+    parts = [f"{words} {_fall(summary, name)}" for name, words in shown.items()]
     silent = summary["silent"][-1]
     doubt = f"; {'1 is' if n == 1 else f'{n:,} are'} too few to conclude anything from" if n < FEW else ""
     dead = f"; {silent:,} map{'s are' if silent > 1 else ' is'} then blank and count{'s' * (silent == 1)} 0" if silent else ""
@@ -257,12 +265,12 @@ def _fall(summary: dict, name: str) -> str:
     head, last = (Interval(*(summary[name][key][at] for key in ("mean", "low", "high")), summary["samples"]) for at in (1, -1))
     start, level, gap = summary[name]["mean"][0], summary["other"][name], summary["apart"][name]
     if last.high >= start - 1e-6:
-        return f"does not fall: it is {start:.3f} before, {head.text(3)} and {last.text(3)} ({MEANING[name]})"
+        return f"does not fall: it is {start:.3f} before, {head.text(3)} and {last.text(3)} ({MEANING[name].format('all of it')})"
     falls = f"falls from {start:.3f} to {head.text(3)} and {last.text(3)}"
     if level is None:
         return f"{falls}, with no other sample to compare with"
     falls += f", where another sample's is {Interval(**level).text(3)}"
-    return f"{falls}: it stays above that ({MEANING[name]})" if gap["low"] > 0 else f"{falls}: it goes below that" if gap["high"] < 0 else f"{falls}: not clearly apart from it"
+    return f"{falls}: it stays above that ({MEANING[name].format('part of it')})" if gap["low"] > 0 else f"{falls}: it goes below that" if gap["high"] < 0 else f"{falls}: not clearly apart from it"
 
 
 def _spread(heats: np.ndarray) -> np.ndarray:

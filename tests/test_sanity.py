@@ -23,7 +23,7 @@ from pipeline.explanation.sanity import cascade, cosine, rank_within_layers, spe
 from pipeline.filters import FilterLayout
 from pipeline.statistics import Reference
 
-MEASURES = ("profile_cosine", "profile_rank", "map_rank")
+MEASURES = ("profile_cosine", "profile_cosine_lively", "profile_rank", "map_rank")
 
 
 def values(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -223,7 +223,7 @@ def test_what_does_not_fall_is_said(tmp_path, monkeypatch):
     ended = tiny.call("sanity", "--run", small.run, "--max-samples", 10)
     assert ended.code == 0, ended.err
     last = ended.err.splitlines()[-1]
-    assert last.count("does not fall") == 3 and "so much of a map is edges of the image" in last and "falls from" not in last
+    assert last.count("does not fall") == (4 if summary_of(small.run)["hardly_alive"] else 3) and "(all of it is the image's, as in an edge detector" in last and "falls from" not in last
     said = summary_of(small.run)
     assert all(said[name]["mean"] == pytest.approx([1] * 4, abs=1e-6) for name in MEASURES)
 
@@ -232,12 +232,13 @@ def test_the_sentence_says_how_far_it_falls():
     """Above another sample's, below it, not told apart from it, or with none to compare with; blank maps; too few samples."""
     curve = {"mean": [1.0, 0.6, 0.4], "low": [1.0, 0.5, 0.35], "high": [1.0, 0.7, 0.45]}
     interval = lambda at: {"estimate": at, "low": at - 0.05, "high": at + 0.05, "n": 60}  # noqa: E731
-    summary = {"samples": 60, "stages": [None, "head", "conv1"], "silent": [0, 0, 0], **{name: curve for name in MEASURES}}
-    summary |= {"other": {name: interval(0.2) for name in MEASURES}, "apart": dict(zip(MEASURES, (interval(0.2), interval(-0.2), interval(0.01))))}
+    summary = {"samples": 60, "stages": [None, "head", "conv1"], "silent": [0, 0, 0], "hardly_alive": 0, **{name: curve for name in MEASURES}}
+    summary |= {"other": {name: interval(0.2) for name in MEASURES}, "apart": dict(zip(MEASURES, (interval(0.2), interval(0.2), interval(-0.2), interval(0.01))))}
     cosine, ranks, maps = sentence(summary).split("; ")
-    assert cosine.endswith("where another sample's is 0.200 (0.150 to 0.250): it stays above that (so much of a profile any weights give)")
+    assert cosine.endswith("where another sample's is 0.200 (0.150 to 0.250): it stays above that (any weights give part of it)")
     assert ranks.endswith("falls from 1.000 to 0.600 (0.500 to 0.700) and 0.400 (0.350 to 0.450), where another sample's is 0.200 (0.150 to 0.250): it goes below that")
     assert maps.endswith("not clearly apart from it")
+    assert "; the same without 3 filters that hardly ever answered (sigma below a hundredth of the median) falls from 1.000" in sentence(summary | {"hardly_alive": 3})
     none = {name: None for name in MEASURES}
     alone = sentence(summary | {"samples": 1, "silent": [0, 0, 1], "other": none, "apart": none})
     assert alone.count("no other sample") == 3 and "; 1 map is then blank and counts 0; " in alone and "1 is too few to conclude anything from" in alone
