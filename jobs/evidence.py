@@ -171,6 +171,29 @@ def mask(
     output.masked(study(asked, Wanted(k, filters, layers, boost, seed=seed), dataset, shares[0], fill, region, OTHERS if hosts is None else hosts, out), format)
 
 
+def sanity(
+    run: RunOption,
+    dataset: Dataset = None,
+    k: Annotated[int, typer.Option("-k", help="How many of a sample's most salient filters its map is about.")] = 10,
+    boost: Annotated[float, typer.Option(help="As of explain.")] = 100.0,
+    reference: Reference = None,
+    max_samples: Annotated[int, typer.Option(help="Only N samples, chosen by --seed. It is the method that is tested, not each sample, so that some are enough.")] = 100,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    device: Device = None,
+    actors: Actors = None,
+    address: Address = None,
+    format: Record = "table",
+) -> None:
+    """Do profiles and heat maps hang on what the network has learnt? Layers are randomised from the top down; similarity should fall."""
+    from jobs import output
+    from jobs.experiment import Request
+    from jobs.sanity import sanity as job
+
+    output.check_format(format, ("table", "json"))
+    _told(job(Request(run, dataset, reference, max_samples, seed, fresh, device, engines(actors), address), k, boost), format)
+
+
 def _told(summary: dict, format: str) -> None:
     """An experiment's numbers on stdout, and what they mean as the last line of stderr."""
     from jobs import output
@@ -179,4 +202,4 @@ def _told(summary: dict, format: str) -> None:
     say(summary["found"])
 
 
-VERBS = (profile, prune, finetune, explain, mask)
+VERBS = (profile, prune, finetune, explain, mask, sanity)
