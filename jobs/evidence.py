@@ -85,7 +85,7 @@ def finetune(
 
 
 def explain(
-    target: Annotated[str, typer.Argument(metavar="ID|FILE", help="sample_id, or dataset:sample_id, of --run; or an image file, with --label.", show_default=False)],
+    target: Annotated[Optional[str], typer.Argument(metavar="[ID|FILE]", help="sample_id, or dataset:sample_id, of --run; or an image file, with --label.", show_default=False)] = None,
     run: Annotated[Optional[Path], typer.Option("--run", help="The run directory. A FILE needs none where --model and --statistics are given.", show_default=False)] = None,
     label: Annotated[Optional[int], typer.Option(help="Of a FILE: its true class, as a number.")] = None,
     model: Annotated[Optional[str], typer.Option(help="Of a FILE without a run: the network, as in extract.")] = None,
@@ -93,6 +93,7 @@ def explain(
     preprocess: Annotated[Optional[str], typer.Option(help="Its preprocessing, as in extract.")] = None,
     statistics: Annotated[Optional[Path], typer.Option(help="Of a FILE without a run: mu and sigma, a run's statistics/NAME.parquet or published ones (.pth).")] = None,
     aggregation: Annotated[Optional[str], typer.Option(help="abs or signed: how published statistics were aggregated.")] = None,
+    everyone: Annotated[bool, typer.Option("--all-errors", help="Maps of all misclassified samples of a data set instead, into experiments/explain of the run.")] = False,
     reference: Reference = None,
     k: Annotated[int, typer.Option("-k", help="How many of the most salient filters are explained.")] = 10,
     filters: Annotated[Optional[str], typer.Option(help="These filters instead: LAYER:CHANNEL, several with commas.")] = None,
@@ -103,17 +104,34 @@ def explain(
     seed: Seed = 0,
     name: Name = None,
     out: Annotated[Optional[Path], typer.Option(help="The picture, .png, .svg or .pdf. Default: in experiments/explain of the run, or beside you for a FILE.")] = None,
+    dataset: Dataset = None,
+    max_samples: MaxSamples = None,
+    fresh: Fresh = False,
     device: Device = None,
+    actors: Actors = None,
+    address: Address = None,
     format: Record = "table",
 ) -> None:
     """What in one image made its filters fail: input saliency, beside its filters, its profile and its neighbours."""
     from jobs import output
     from jobs.case import Target
+    from jobs.experiment import Request
     from jobs.explain import Wanted, explain as job
+    from jobs.maps import all_errors
 
     output.check_format(format, ("table", "json"))
-    found = job(Target(target, run, label, model, weights, preprocess, statistics, aggregation, reference, name, device), Wanted(k, filters, layers, boost, smooth, noise, seed), out)
-    output.explained(found, format)
+    wanted = Wanted(k, filters, layers, boost, smooth, noise, seed)
+    alone = {"ID or FILE": target, "--label": label, "--model": model, "--weights": weights, "--preprocess": preprocess, "--statistics": statistics, "--aggregation": aggregation, "--filters": filters, "--name": name, "--out": out}
+    of_all = {"--dataset": dataset, "--max-samples": max_samples, "--fresh": fresh or None, "--actors": actors, "--address": address}
+    _refuse_misplaced(alone if everyone else of_all, "--all-errors" if everyone else "one image", "" if everyone else ", or say --all-errors")
+    if everyone:
+        if run is None:
+            raise BadRequest("--run: say which run's errors are explained")
+        _told(all_errors(Request(run, dataset, reference, max_samples, seed, fresh, device, engines(actors), address), wanted), format)
+        return
+    if target is None:
+        raise BadRequest("ID or FILE: name an image, or say --all-errors")
+    output.explained(job(Target(target, run, label, model, weights, preprocess, statistics, aggregation, reference, name, device), wanted, out), format)
 
 
 def mask(
@@ -156,8 +174,7 @@ def mask(
     output.check_format(format, ("table", "json"))
     alone = {"--region": region, "--filters": filters, "--label": label, "--model": model, "--weights": weights, "--preprocess": preprocess, "--statistics": statistics, "--aggregation": aggregation, "--out": out}
     of_all = {"--boxes": annotations, "--max-samples": max_samples, "--fresh": fresh or None, "--actors": actors, "--address": address}
-    if given := [option for option, value in (of_all if target else alone).items() if value is not None]:
-        raise BadRequest(f"{', '.join(given)}: not for {'one image' if target else 'a whole data set'}; leave {'it' if len(given) == 1 else 'them'} out, or {'the image' if target else 'name an image'}")
+    _refuse_misplaced(of_all if target else alone, "one image" if target else "a whole data set", "" if target else ", or name an image")
     if target is None:
         if run is None:
             raise BadRequest("--run: say which run, or name an image file with --label, --model and --statistics")
@@ -192,6 +209,12 @@ def sanity(
 
     output.check_format(format, ("table", "json"))
     _told(job(Request(run, dataset, reference, max_samples, seed, fresh, device, engines(actors), address), k, boost), format)
+
+
+def _refuse_misplaced(options: dict[str, object], what: str, instead: str) -> None:
+    """Raises BadRequest for options that were given and mean nothing here."""
+    if given := [option for option, value in options.items() if value is not None]:
+        raise BadRequest(f"{', '.join(given)}: not for {what}; leave {'it' if len(given) == 1 else 'them'} out{instead}")
 
 
 def _told(summary: dict, format: str) -> None:

@@ -16,6 +16,7 @@ COLOURS = "inferno"  # its brightness grows with its number, so that it is read 
 LIST = 2.9  # inches, of the list of filters
 PROFILE = 1.5  # inches, height of the profile
 SHOWN = 10  # filters in the list
+SIDE = 1.6  # inches, the longer side of an image on a sheet
 
 
 def draw(path: Path, found: dict, pixels: np.ndarray, profile: list[tuple[str, np.ndarray]], neighbours: list[dict] | None, title: str) -> None:
@@ -56,9 +57,38 @@ def draw(path: Path, found: dict, pixels: np.ndarray, profile: list[tuple[str, n
             raise BadRequest(f"--out: {printable(path)} cannot be written ({printable(fault)}): name a file in a folder that can be") from None
 
 
-def _pictures(pixels: np.ndarray, heat: np.ndarray) -> list[np.ndarray]:
-    """The image, the map, and the map laid over the image in grey, uint8 [h, w, 3] each, the longer side QUERY inches."""
-    scale = QUERY * DPI / max(heat.shape)
+def sheet(path: Path, tiles: list[tuple[dict, np.ndarray, np.ndarray]], title: str) -> None:
+    """Images and their maps in pairs, two pairs a line, into `path`.png and .svg. tiles: (sample_id, dataset, label_name ... as `figures.Page.caption` takes them, pixels
+    uint8 [H, W, 3], heat 0..1 [H, W]). Raises BadRequest if a file cannot be written."""
+    with own_settings():
+        page, pair = Page(), 2 * SIDE + 0.06
+        width = 2 * MARGIN + 2 * pair + 2 * GAP
+        drawn = [(_pictures(pixels, heat, SIDE), page.caption(about | {"confidence": None}, pair, SMALL)) for about, pixels, heat in tiles]
+        y, lines = MARGIN + lines_of(1, HEADING) + 0.16, []
+        for line in (drawn[at : at + 2] for at in range(0, len(drawn), 2)):
+            tall = max(pictures[0].shape[0] for pictures, _ in line) / DPI
+            lines.append((y, tall, line))
+            y += tall + 0.07 + lines_of(max(len(caption) for _, caption in line), SMALL) + GAP
+        page.open(width, y - GAP + MARGIN)
+        page.text(MARGIN, MARGIN, page.shorten(title, width - 2 * MARGIN, HEADING, "bold"), HEADING, weight="bold")
+        for y, tall, line in lines:
+            for column, (pictures, caption) in enumerate(line):
+                x = MARGIN + column * (pair + 2 * GAP)
+                for at, picture in enumerate((pictures[0], pictures[2])):
+                    page.image(x + at * (SIDE + 0.06), y, SIDE, tall, picture, INK, 0.6, "solid")
+                below = y + tall + 0.07
+                for text, colour in caption:
+                    below = page.text(x, below, text.replace(" (?)", ""), SMALL, colour)
+        for suffix in (".png", ".svg"):
+            try:
+                save(page.figure, path.with_name(path.name + suffix))
+            except OSError as fault:
+                raise BadRequest(f"{printable(path)}{suffix} cannot be written ({printable(fault)}): put that right and give the same command again") from None
+
+
+def _pictures(pixels: np.ndarray, heat: np.ndarray, side: float = QUERY) -> list[np.ndarray]:
+    """The image, the map, and the map laid over the image in grey, uint8 [h, w, 3] each, the longer side `side` inches."""
+    scale = side * DPI / max(heat.shape)
     size = tuple(max(1, round(n * scale)) for n in heat.shape[::-1])
     method = Image.Resampling.NEAREST if max(heat.shape) <= 48 else Image.Resampling.BILINEAR
     image = np.asarray(Image.fromarray(pixels).resize(size, method))

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-import sanity_table
+import explanation_tables
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/results.md"
@@ -23,6 +23,7 @@ SHOWN = {
     "squeezenet1_1-prune": ("corrected", "wrong_confidence"), "squeezenet1_1-prune-features": ("corrected",), "resnet56-neighbors": ("agreement", "errors", "neighbours", "colours", "ends"), "resnet56-v2-neighbors": (), "squeezenet1_1-neighbors": (),
     "resnet56-v2-finetune": (), "resnet56-v2-frontier": ("neighbours", "broken", "frontier"), "resnet56-v2-frontier-small": ("frontier",), "squeezenet1_1-halves-finetune": (),
     "resnet56-sanity": ("profile", "map"), "squeezenet1_1-sanity": ("map",),
+    "resnet56-mask": ("corrected",), "squeezenet1_1-mask": (),
 }  # fmt: skip
 STRATEGIES = {"salient": "most salient", "random": "random", "random_live": "random, live alone", "least": "least salient, live alone", "all": "whole network", "conv": "all conv weights"}
 
@@ -286,12 +287,15 @@ def speed() -> str:
     return table(["", "a minute", "naive copy, float32, a minute", "ratio to it: clock, processor time", "ratio to a float64 copy"], rows)
 
 
+def masked() -> str:
+    return explanation_tables.masked(kept, table, cell)
+
+
 def sanity() -> str:
-    """How similar profiles and maps are as the network is randomised."""
-    return table(["randomised", *sanity_table.MEASURES.values()], [row for name, network in sanity_table.NETWORKS.items() for row in sanity_table.rows(kept(name), network, cell)])
+    return explanation_tables.sanity(kept, table, cell)
 
 
-TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pruned_features, pairs, ends, tuned, tuned_squeezenet, frontier, bargains, sanity, speed)}
+TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pruned_features, pairs, ends, tuned, tuned_squeezenet, frontier, bargains, masked, sanity, speed)}
 
 
 # ---- what the scripts say beside it --------------------------------------------------------------------------------
