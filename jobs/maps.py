@@ -147,7 +147,7 @@ class Maps:
         for row in (rows[i] for i in summary["examples"]):
             named = {f"{key}_name": names[row[key]] if names and row[key] < len(names) else None for key in ("label", "prediction")}
             tiles.append((row | named | {"dataset": summary["dataset"]}, np.asarray(Image.open(io.BytesIO(row["picture"]))), display(torch.from_numpy(heat_of(row))[None])[0]))
-        heatmaps.sheet(folder / "maps", tiles, f"{len(tiles)} errors of {summary['dataset']}, drawn by the seed, and the pixels that their {summary['k']} most salient filters hang on")
+        heatmaps.sheet(folder / "maps", tiles, f"What {len(tiles)} errors of {summary['dataset']} hang on")
 
 
 def found(summary: dict) -> str:
