@@ -43,7 +43,10 @@ class Claim:
 
     def find(self, summary: dict | None, missing: str = "it was not done") -> Finding:
         """What a summary says of it; `missing` is why there is none."""
-        return self.judge(summary) if summary is not None else Finding("", "", UNTESTABLE, missing)
+        try:
+            return self.judge(summary) if summary is not None else Finding("", "", UNTESTABLE, missing)
+        except KeyError:
+            return Finding("", "", UNTESTABLE, f"another version wrote its numbers: remove experiments/{self.verb}/summary.json, and the same command makes them anew")
 
 
 # ---- verdicts ------------------------------------------------------------------------------------------------------

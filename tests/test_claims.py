@@ -156,6 +156,11 @@ def test_what_is_not_there_is_not_testable():
     assert "v2 has no misclassified sample" in BY_NAME["step"].find(nobody).why and verdict("broken", nobody) == REPRODUCED
 
 
+def test_numbers_of_another_version_are_told():
+    old = {key: value for key, value in neighbors().items() if key != "colour_differences"}
+    assert "remove experiments/neighbors/summary.json" in BY_NAME["colours"].find(old).why and verdict("agreement", old) == REPRODUCED
+
+
 def test_one_photograph_a_class_can_neither_agree_nor_be_mended():
     rare = {"facts": {"pair": 0.011, "class": 0.0}}
     assert {verdict(name, neighbors() | rare) for name in ("agreement", "standardising", "confusions")} == {UNTESTABLE}
