@@ -67,7 +67,7 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class About:
-    """What the page is of. datasets: (name, samples, misclassified, set aside when it was extracted)."""
+    """What the page is of. samples: how many an experiment looks at; datasets: (name, samples, misclassified, set aside when it was extracted)."""
 
     run: str
     model: str
@@ -75,13 +75,14 @@ class About:
     layers: int
     filters: int
     recipe: str
+    samples: str
     datasets: tuple[tuple[str, int, int, int], ...]
     version: str
     made: str
 
     @classmethod
-    def of(cls, run: Run) -> About:
-        """Of a run as it is now; the run by its directory's name."""
+    def of(cls, run: Run, most: int | None, seed: int) -> About:
+        """Of a run as it is now, the run by its directory's name; most: samples of a verb, drawn by `seed` (None: all)."""
         m, sets = run.manifest, []
         for name, progress in run.status().items():
             wrong = sum(int(np.sum(b["label"].to_numpy() != b["prediction"].to_numpy())) for _, _, b in run.store.blocks(name, ["label", "prediction"], 65536))
@@ -91,7 +92,7 @@ class About:
         except PackageNotFoundError:
             own = "not installed"
         recipe = f"{'mean |gradient|' if m.aggregation == 'abs' else '|mean gradient|'} of a filter's weights, {m.precision}"
-        return cls(run.store.run.absolute().name, m.model, m.weights_sha256, len(m.layers.layers), m.layers.total, recipe, tuple(sets), own, time.strftime("%Y-%m-%d", time.gmtime()))
+        return cls(run.store.run.absolute().name, m.model, m.weights_sha256, len(m.layers.layers), m.layers.total, recipe, f"at most {most:,} for each experiment, drawn by seed {seed}" if most else "all, for each experiment", tuple(sets), own, time.strftime("%Y-%m-%d", time.gmtime()))
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ def _header(about: About, found: list[tuple[Claim, Finding]]) -> str:
 <div><dt>Network</dt><dd>{_foreign(about.model)}, {about.filters:,} filters in {about.layers:,} layers</dd></div>
 <div><dt>Weights, SHA-256</dt><dd><code>{_safe(about.weights)}</code></dd></div>
 <div><dt>Filter saliency</dt><dd>{_safe(about.recipe)}</dd></div>
+<div><dt>Samples</dt><dd>{_safe(about.samples)}</dd></div>
 <div><dt>Run</dt><dd>{_foreign(about.run)}</dd></div>
 <div><dt>Made</dt><dd><time datetime="{_safe(about.made)}">{_safe(about.made)}</time>, Faultline {_safe(about.version)}</dd></div>
 </dl>
@@ -188,7 +190,7 @@ def _header(about: About, found: list[tuple[Claim, Finding]]) -> str:
 def _answer(about: About, counts: dict[str, int], found: list[tuple[Claim, Finding]]) -> str:
     """One paragraph."""
     total = sum(counts.values())
-    text = f"Of {total} claims, those of Levin et al., 2022, and that their saliency passes the sanity checks of Adebayo et al., 2018, {counts[REPRODUCED]} {'is' if counts[REPRODUCED] == 1 else 'are'} reproduced on this run, {counts[NOT]} {'is' if counts[NOT] == 1 else 'are'} not"
+    text = f"Of {total} claims (Levin et al., 2022, with the sanity checks of Adebayo et al., 2018), {counts[REPRODUCED]} {'is' if counts[REPRODUCED] == 1 else 'are'} reproduced on this run{', ' if counts[UNTESTABLE] else ' and '}{counts[NOT]} {'is' if counts[NOT] == 1 else 'are'} not"
     text += f", and {counts[UNTESTABLE]} cannot be tested here." if counts[UNTESTABLE] else "."
     against = [f"{claim.short[0].lower()}{claim.short[1:]} ({claim.place[0].lower()}{claim.place[1:]})" for claim, finding in found if finding.verdict == NOT and not claim.own]
     if against:

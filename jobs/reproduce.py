@@ -143,7 +143,7 @@ def reproduce(request: Request, source: str | None, within: str | None) -> tuple
                 say(f"{verb} was stopped: {str(fault).splitlines()[0]}")
         found = judge(summaries, missing, facts_of(run, sets))
         path = folder / "report.html"
-        report.write(path, report.About.of(run), _sections(run, sets, request, index, summaries, missing), found)
+        report.write(path, report.About.of(run, request.max_samples, request.seed), _sections(run, sets, request, index, summaries, missing), found)
     if stopped:
         raise Stopped(f"{stopped[0]}\n{printable(path)} was written without it")
     return found, path

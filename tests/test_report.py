@@ -16,7 +16,7 @@ from jobs.claims import CLAIMS, NOT, REPRODUCED, UNTESTABLE, Finding
 from pipeline.errors import BadRequest
 
 HOSTILE = '<script>alert(1)</script>"onload="alert(2)\u202egnp.\u2066\n\x1b[31m&amp;'
-ABOUT = report.About("runs", "resnet56", "ab" * 32, 55, 2032, "mean |gradient| of a filter's weights, fp32", (("val", 8000, 1355, 0), ("v2", 2000, 325, 3)), "1.2.3", "2026-11-25")
+ABOUT = report.About("runs", "resnet56", "ab" * 32, 55, 2032, "mean |gradient| of a filter's weights, fp32", "at most 200 for each experiment, drawn by seed 0", (("val", 8000, 1355, 0), ("v2", 2000, 325, 3)), "1.2.3", "2026-11-25")
 
 
 class Reader(HTMLParser):
@@ -95,7 +95,7 @@ def test_the_page_says_what_was_found(page):
         assert all(report._safe(part) in text for part in (claim.text, claim.short, claim.place))
     counted = [finding.verdict for claim, finding in found_of() if not claim.own]
     assert f"<h1>{counted.count(REPRODUCED)} of {len(counted)} claims reproduced</h1>" in text
-    for part in ('lang="en"', "<title>resnet56", "2,032 filters in 55 layers", "ab" * 32, "2026-11-25", "Faultline 1.2.3", "0.8306", "8,000", "faultline prune --run runs", "4 samples were set aside", "and 1 more"):
+    for part in ('lang="en"', "<title>resnet56", "2,032 filters in 55 layers", "ab" * 32, "2026-11-25", "Faultline 1.2.3", "0.8306", "at most 200 for each experiment", "8,000", "faultline prune --run runs", "4 samples were set aside", "and 1 more"):
         assert part in text, part
     assert "\u2212" in text and '<span class="range">(\u22120.150 to \u22120.076)</span>' in text, "numbers have minus signs, and an interval is not broken over two lines"
 
