@@ -92,7 +92,7 @@ class About:
         except PackageNotFoundError:
             own = "not installed"
         recipe = f"{'mean |gradient|' if m.aggregation == 'abs' else '|mean gradient|'} of a filter's weights, {m.precision}"
-        return cls(run.store.run.absolute().name, m.model, m.weights_sha256, len(m.layers.layers), m.layers.total, recipe, f"at most {most:,} for each experiment, drawn by seed {seed}" if most else "all, for each experiment", tuple(sets), own, time.strftime("%Y-%m-%d", time.gmtime()))
+        return cls(run.store.run.absolute().name, m.model, m.weights_sha256, len(m.layers.layers), m.layers.total, recipe, f"at most {most:,} for each experiment, drawn by seed {seed}" if most else "all, for each experiment; 100 for the sanity checks", tuple(sets), own, time.strftime("%Y-%m-%d", time.gmtime()))
 
 
 @dataclass(frozen=True)
