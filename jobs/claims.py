@@ -308,9 +308,9 @@ def likeness_falls(summary: dict, columns: dict[str, str]) -> Finding:
         half = (1 + (level["estimate"] if level else 0)) / 2
         gaps[f"{name}: half way - what is left"] = Interval(half - last.estimate, half - last.high, half - last.low, n)
         left = _interval(summary["apart"][column]) if level else None
-        more += [f"{left.text(3, '+')} more of {name} is left than another sample has"] if left and left.low > 0 else []
+        more += [f"the {name} stays above another sample's by {left.text(3, '+')}"] if left and left.low > 0 else []
     finding = judged("; ".join(words), gaps, n)
-    return replace(finding, why=f"{finding.why}; but {_listed(more)}, which is not what the network has learnt") if finding.verdict == REPRODUCED and more else finding
+    return replace(finding, why=f"{finding.why}; but {_listed(more)}: so much is not what the network has learnt") if finding.verdict == REPRODUCED and more else finding
 
 
 CLAIMS = (

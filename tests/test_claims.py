@@ -180,7 +180,7 @@ def test_likeness_that_stays_is_not_what_was_learnt(name, column):
     for left, expected in ((0.99, NOT), (0.63, NOT), (0.59, NOT), (0.57, REPRODUCED), (0.1, REPRODUCED)):
         assert verdict(name, set_at(sanity(), (column,), curve([1.0, 0.8, left]))) == expected, left
     stays = BY_NAME[name].find(set_at(sanity(), ("apart", column), interval(0.03, 0.01)))
-    assert stays.verdict == REPRODUCED and "+0.030 (+0.020 to +0.040) more of " in stays.why
+    assert stays.verdict == REPRODUCED and "stays above another sample's by +0.030 (+0.020 to +0.040)" in stays.why
     assert verdict(name, set_at(sanity(), ("other", column), None)) == REPRODUCED
 
 
