@@ -154,7 +154,7 @@ def _foreign(text: object) -> str:
 def _numbers(text: str) -> str:
     """Text with numbers in it: minus signs as such, and an interval on one line."""
     text = re.sub(r"(?<![\w.])-(?=[\d ])", "\u2212", _safe(text))
-    return re.sub(r"\([^()]* to [^()]*\)", lambda found: f'<span class="range">{found[0]}</span>', text)
+    return re.sub(r"\([+\u2212\d.,]+ to [+\u2212\d.,]+\)", lambda found: f'<span class="range">{found[0]}</span>', text)
 
 
 def _header(about: About, found: list[tuple[Claim, Finding]]) -> str:
