@@ -20,7 +20,7 @@ import typer
 from jobs import evidence
 from jobs.bench import command as benchmarks
 from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines
-from jobs.progress import ProgressBar, say
+from jobs.progress import say, stages
 from pipeline.errors import BadRequest, Fault, Stopped, printable
 
 app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Which filters made an image classifier err, and which other images fail for the same reason.")
@@ -117,16 +117,7 @@ def index(
         raise BadRequest(f"--name: '{printable(name)}' cannot name a folder; use letters, digits, '.', '_' and '-'")
     if not chosen:
         raise BadRequest(f"{printable(run)} has no data set yet: faultline extract makes one")
-    bars: dict[str, ProgressBar] = {}
-
-    def tick(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            bars[stage] = ProgressBar(stage, total).__enter__()
-        bars[stage].to(done)
-        if done >= total:
-            bars[stage].__exit__()
-
-    built = build(store, chosen, reference or ("val" if "val" in known else chosen[0]), subset, name or subset, tick)
+    built = build(store, chosen, reference or ("val" if "val" in known else chosen[0]), subset, name or subset, stages())
     say(f"{printable(built.folder)}: {sum(built.rows.values()):,} vectors ({', '.join(f'{d} {n:,}' for d, n in built.rows.items())}); {built.dead:,} filters are dead and count 0")
 
 

@@ -84,6 +84,32 @@ def finetune(
     _told(job(request, within, ks, rates, scope, layers, name), format)
 
 
+def reproduce(
+    run: RunOption,
+    dataset: Dataset = None,
+    source: Annotated[Optional[str], typer.Option("--from", help="The data set whose errors ask for neighbours and take the step. Default: --dataset.")] = None,
+    within: Annotated[Optional[str], typer.Option("--in", help="The data set that neighbours are sought in and the step is tried on. Default: the other one of the run.")] = None,
+    max_samples: MaxSamples = None,
+    seed: Seed = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard earlier results of these verbs that were made with other settings.")] = False,
+    device: Device = None,
+    actors: Actors = None,
+    address: Address = None,
+    format: Record = "table",
+) -> None:
+    """The whole paper over a run: profile, prune, neighbors, finetune, mask and sanity, then each claim with its verdict on one page, experiments/report.html."""
+    from jobs import output
+    from jobs.claims import REPRODUCED, tally
+    from jobs.experiment import Request
+    from jobs.reproduce import reproduce as job
+
+    output.check_format(format, ("table", "json"))
+    found, page = job(Request(run, dataset, None, max_samples, seed, fresh, device, engines(actors), address), source, within)
+    output.claims(found, str(page), format)
+    counts = tally(found)
+    say(f"{counts[REPRODUCED]} of {sum(counts.values())} claims reproduced: {printable(page)}")
+
+
 def explain(
     target: Annotated[Optional[str], typer.Argument(metavar="[ID|FILE]", help="sample_id, or dataset:sample_id, of --run; or an image file, with --label.", show_default=False)] = None,
     run: Annotated[Optional[Path], typer.Option("--run", help="The run directory. A FILE needs none where --model and --statistics are given.", show_default=False)] = None,
@@ -225,4 +251,4 @@ def _told(summary: dict, format: str) -> None:
     say(summary["found"])
 
 
-VERBS = (profile, prune, finetune, explain, mask, sanity)
+VERBS = (profile, prune, finetune, mask, sanity, reproduce, explain)

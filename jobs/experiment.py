@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from index.build import ensure_reference, profiles_digest
 from jobs import cluster
-from jobs.progress import ProgressBar, say
+from jobs.progress import say, stages
 from jobs.work import Work, hold, run_units, undone
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Choice, Experiment, Gatherer, ResultWriter, changed_shards, read_results, results, results_folder, set_aside, units_of, unpack
@@ -41,6 +41,7 @@ class Request:
     device: str | None = None
     actors: tuple[int, int] | None = None
     address: str | None = None
+    rehearsed: bool = False  # nothing is done: `carry_out` gives a `Rehearsal` of it
 
     def check(self) -> None:
         """Raises BadRequest with every fault of the settings together."""
@@ -69,6 +70,23 @@ class Request:
         return self.reference or ("val" if "val" in store.datasets() else dataset)
 
 
+class OtherSettings(BadRequest):
+    """What lies there was computed with other settings. `differences`: which, as text."""
+
+    def __init__(self, message: str, differences: str):
+        super().__init__(message)
+        self.differences = differences
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a verb would do: its cost in words, and how many of its units are left; with none left its numbers are there, or can be made at once."""
+
+    cost: str
+    left: int
+    units: int
+
+
 class Verb(Protocol):
     """One experiment, and what is made of its rows."""
 
@@ -90,8 +108,9 @@ class Verb(Protocol):
         """Draw all figures of a summary into `folder`, each as .png and .svg."""
 
 
-def carry_out(verb: Verb, request: Request) -> dict:
-    """Do what is left to do and return the summary. Raises BadRequest before anything is done, Stopped once something is (the same command resumes)."""
+def carry_out(verb: Verb, request: Request) -> dict | Rehearsal:
+    """Do what is left to do and return the summary; of a rehearsed request a `Rehearsal`. Raises BadRequest before anything is done (`OtherSettings` where earlier results stand in the
+    way), Stopped once something is (the same command resumes)."""
     request.check()
     store = Store(request.run.expanduser().absolute())
     manifest = store.manifest()
@@ -105,8 +124,11 @@ def carry_out(verb: Verb, request: Request) -> dict:
     if not samples:
         raise BadRequest(f"--dataset: {printable(dataset)} has no {'misclassified sample' if verb.subset == 'errors' else 'sample'}: there is nothing to look at")
     settings = _settings(store, experiment, verb, request, dataset, reference_name)
-    fresh = _discards(store, name, settings, request.fresh)
+    fresh = _discards(store, name, settings, request.fresh, request.rehearsed)
     folder = results_folder(store.run, name)
+    if request.rehearsed:
+        there = set() if fresh or not (folder / "settings.json").exists() else {file.stem for file in results(store.run, name)}
+        return Rehearsal(verb.cost(samples), sum(unit.stem not in there for unit, _ in chosen), len(chosen))
     with hold(folder / ".lock", store.run, f"another job is writing {printable(folder)}: wait for it"):
         fresh = fresh or not (folder / "settings.json").exists()
         done = set() if fresh else {file.stem for file in results(store.run, name)}
@@ -132,15 +154,7 @@ def carry_out(verb: Verb, request: Request) -> dict:
 
 def standards(store: Store, name: str, aggregation: str) -> Reference:
     """mu and sigma under that name, made where they are missing. Raises BadRequest for an unknown name or another aggregation."""
-    bars: dict[str, ProgressBar] = {}
-
-    def tick(stage: str, done: int, total: int) -> None:
-        bar = bars[stage] = bars.get(stage) or ProgressBar(stage, total).__enter__()
-        bar.to(done)
-        if done >= total:
-            bar.__exit__()
-
-    reference = ensure_reference(store, name, tick)
+    reference = ensure_reference(store, name, stages())
     if reference.aggregation != aggregation:
         raise BadRequest(f"--reference: {printable(name)} was aggregated as '{reference.aggregation}', this run as '{aggregation}'; the two are never mixed")
     return reference
@@ -154,8 +168,8 @@ def _settings(store: Store, experiment: Experiment, verb: Verb, request: Request
     return json.loads(json.dumps(asked | found))
 
 
-def _discards(store: Store, name: str, settings: dict, fresh: bool | None) -> bool:
-    """Whether what lies there is to be discarded. Raises BadRequest, naming the difference, if it was computed with other settings and nobody said so."""
+def _discards(store: Store, name: str, settings: dict, fresh: bool | None, quiet: bool = False) -> bool:
+    """Whether what lies there is to be discarded. Raises OtherSettings, naming the difference, if it was computed with other settings and nobody said so."""
     path = results_folder(store.run, name) / "settings.json"
     if fresh or not path.exists():
         return bool(fresh)
@@ -163,8 +177,8 @@ def _discards(store: Store, name: str, settings: dict, fresh: bool | None) -> bo
     words = {"run": "the run itself has changed", "profiles": f"the profiles of {' or '.join(map(printable, (settings['dataset'], *settings.get('datasets', ()))))} have changed", "statistics_sha256": f"the statistics of {printable(settings['reference'])} have changed"}
     faults = [words.get(key) or f"{key.replace('_', ' ')} {_short(before.get(key))}, not {_short(settings.get(key))}" for key in dict.fromkeys([*settings, *before]) if before.get(key) != settings.get(key)]
     if faults and fresh is False:
-        raise BadRequest(f"{printable(path.parent)} was made with other settings: {'; '.join(faults)}. Ask for the same again, or add --fresh to discard what is there")
-    if faults:
+        raise OtherSettings(f"{printable(path.parent)} was made with other settings: {'; '.join(faults)}. Ask for the same again, or add --fresh to discard what is there", "; ".join(faults))
+    if faults and not quiet:
         say(f"{printable(path.parent)} is made anew: {'; '.join(faults)}")
     return bool(faults)
 

@@ -13,6 +13,7 @@ from pipeline.errors import BadRequest, printable
 if TYPE_CHECKING:
     from jobs.bench.measure import Measure
     from jobs.check import Report
+    from jobs.claims import Claim, Finding
 
 FORMATS = ("table", "json", "parquet")
 
@@ -82,6 +83,15 @@ def masked(found: dict, format: str) -> None:
         return
     head = ["masked", "predicted", "true confidence", "wrong confidence", "the filters' standardised saliency"]
     table(head, [[s["what"], named(s, "prediction"), f"{s['true_confidence']:.3f}", f"{s['wrong_confidence']:.3f}", f"{s['filters_standardised']:+.2f}"] for s in found["steps"]])
+
+
+def claims(found: list[tuple[Claim, Finding]], page: str, format: str) -> None:
+    """What `faultline reproduce` found of each claim, and where its page lies."""
+    if format == "json":
+        fields = [{"name": claim.name, "short": claim.short, "place": claim.place, "claim": claim.text, "verb": claim.verb, "of_the_paper": not claim.own} | finding.to_json() for claim, finding in found]
+        _json({"claims": fields, "page": page})
+        return
+    table(["place", "claim", "here", "95% interval", "verdict", "why"], [[claim.place, claim.short, finding.ours, finding.interval, finding.verdict, finding.why] for claim, finding in found])
 
 
 def check(report: Report, format: str) -> None:

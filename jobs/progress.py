@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from pipeline.errors import printable
 
@@ -74,6 +75,19 @@ class ProgressBar:
     def __exit__(self, *_) -> None:
         if self.bar:
             self.bar.stop()
+
+
+def stages() -> Callable[[str, int, int], None]:
+    """`tick(stage, done, total)` for work of several stages: each has a bar, from its first tick until it is whole."""
+    bars: dict[str, ProgressBar] = {}
+
+    def tick(stage: str, done: int, total: int) -> None:
+        bar = bars[stage] = bars.get(stage) or ProgressBar(stage, total).__enter__()
+        bar.to(done)
+        if done >= total:
+            bar.__exit__()
+
+    return tick
 
 
 def duration(seconds: float) -> str:

@@ -78,9 +78,13 @@ def undone(name: str, units: int, reason: str) -> Stopped:
     return Stopped(f"{units} unit{'s' * (units != 1)} of {printable(name)} {'were' if units != 1 else 'was'} not done: {reason}\nwhat is done is kept; the same command resumes")
 
 
+class Busy(BadRequest):
+    """Another job holds what this one needs: waiting helps."""
+
+
 @contextmanager
 def hold(lock: Path, run: Path, refusal: str) -> Iterator[None]:
-    """Hold a lock file against a second job; the lock dies with the process. Raises BadRequest with `refusal` if another job holds it."""
+    """Hold a lock file against a second job; the lock dies with the process. Raises Busy with `refusal` if another job holds it."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "w")
@@ -90,5 +94,5 @@ def hold(lock: Path, run: Path, refusal: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadRequest(refusal) from None
+            raise Busy(refusal) from None
         yield
