@@ -41,6 +41,7 @@ class Request:
     device: str | None = None
     actors: tuple[int, int] | None = None
     address: str | None = None
+    option: str = "--dataset"  # the one that `dataset` was given with
 
     def check(self) -> None:
         """Raises BadRequest with every fault of the settings together."""
@@ -103,7 +104,7 @@ def carry_out(verb: Verb, request: Request) -> dict:
     chosen = units_of(store, dataset, choice)
     samples = sum(count for _, count in chosen)
     if not samples:
-        raise BadRequest(f"--dataset: {printable(dataset)} has no {'misclassified sample' if verb.subset == 'errors' else 'sample'}: there is nothing to look at")
+        raise BadRequest(f"{request.option}: {printable(dataset)} has no {'misclassified sample' if verb.subset == 'errors' else 'sample'}: there is nothing to look at; name another data set")
     settings = _settings(store, experiment, verb, request, dataset, reference_name)
     fresh = _discards(store, name, settings, request.fresh)
     folder = results_folder(store.run, name)
