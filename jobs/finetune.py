@@ -20,7 +20,7 @@ from jobs.neighbors import own_rows
 from jobs.prune import filters_of, grid_of, of_layers
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Choice, Rows, batches, gathered, images_of, network_of
-from pipeline.intervals import FEW, Interval, bootstrap_mean, wilson
+from pipeline.intervals import CHANGE, FEW, Interval, bootstrap_mean, paired_shares, share_mean, wilson
 from pipeline.manifest import Manifest
 from pipeline.samples import Sample
 from pipeline.statistics import Reference
@@ -82,7 +82,7 @@ class Bench:
         self.manifest, self.network = network_of(run, device)
         self.run = Run(Store(run), Manifest.read(run))
         self.standard = Reference.read(run / "statistics" / f"{experiment.reference}.parquet", self.manifest.layers)
-        asked = self.manifest.layers.columns(experiment.layers) if experiment.layers else slice(None)
+        asked = self.manifest.layers.columns(experiment.layers) if experiment.layers is not None else slice(None)
         self.may_move = np.zeros(self.manifest.layers.total, bool)
         self.may_move[asked] = self.standard.live[asked]
         store = self.run.store
@@ -157,7 +157,8 @@ class FineTune:
         return f"{samples:,} misclassified samples x {self.experiment.steps} steps, each tried on {NEIGHBOURS} neighbours and {CONTROLS} correctly classified samples of {self.experiment.within} = {steps * (1 + NEIGHBOURS + CONTROLS):,} forwards of one image or less"
 
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
-        """Means of every strategy, k and rate with 95% bootstrap intervals over samples, Wilson's for `corrected`; of the neighbours' and controls' shares over those samples that have any."""
+        """Means of every strategy, k and rate with 95% intervals over samples: Wilson's for `corrected`, `share_mean` for the neighbours' and controls' shares, over those samples
+        that have any, a bootstrap for changes of confidence; `paired`: differences from the most salient filters' step on the same samples."""
         effects = []
         for strategy in STRATEGIES:
             of = rows.filter(pc.equal(rows["strategy"], strategy))
@@ -165,8 +166,10 @@ class FineTune:
                 for k in sorted(set(of["k"].to_pylist())):
                     table = of.filter(pc.and_(pc.equal(of["rate"], rate), pc.equal(of["k"], k)))
                     columns = {column: table[column].cast(pa.float64()).drop_null().to_numpy() for column in EFFECTS}
-                    known = {column: bootstrap_mean(values, self.experiment.seed) for column, values in columns.items() if len(values)}
+                    known = {column: share_mean(values) for column, values in columns.items() if len(values)}
                     known["corrected"] = wilson(int(columns["corrected"].sum()), len(columns["corrected"]))
+                    if len(changes := columns["neighbors_confidence_change"]):
+                        known["neighbors_confidence_change"] = bootstrap_mean(changes, self.experiment.seed, ends=CHANGE)
                     effects.append({"strategy": strategy, "k": k, "rate": rate} | {column: known[column].to_json() for column in EFFECTS if column in known})
         steps = len(effects)
         summary = {"scope": self.experiment.scope, "paired": self._paired(rows), "dataset": dataset, "within": self.experiment.within, "samples": rows.num_rows // steps, "dead_filters": int((~reference.live).sum()), "k": list(self.experiment.grid), "rates": list(self.experiment.rates), "layers": self.experiment.layers, "effects": effects}
@@ -186,7 +189,7 @@ class FineTune:
             for column in ("neighbors_corrected", "broken"):
                 a, b = (of[s][column].to_numpy(zero_copy_only=False).astype(np.float64) for s in (strategy, "salient"))
                 known = np.isfinite(a) & np.isfinite(b)
-                one |= {column: bootstrap_mean((a - b)[known], e.seed).to_json()} if known.any() else {}
+                one |= {column: paired_shares(a[known], b[known]).to_json()} if known.any() else {}
             found.append(one)
         return found
 
@@ -233,7 +236,7 @@ def finetune(request: Request, within: str, ks: str | None, rates: str | None, s
 def rates_of(text: str | None) -> tuple[float, ...]:
     """`0.1,0.5` as numbers, ascending. Raises BadRequest naming --rates."""
     try:
-        rates = tuple(sorted({float(part) for part in text.split(",")})) if text else RATES
+        rates = tuple(sorted({float(part) for part in text.split(",")})) if text is not None else RATES
     except ValueError:
         rates = (0.0,)
     if not all(1e-6 <= rate <= 1e6 for rate in rates):
@@ -274,7 +277,14 @@ def found(summary: dict) -> str:
     if not all("neighbors_corrected" in e and "broken" in e for e in effects.values()):
         return f"{summary['within']} has no misclassified, or no correctly classified sample to try a step on"
     words = [f"{name} {effects[s]['neighbors_corrected'].text(3)} and {effects[s]['broken'].text(3)}" for s, name in STRATEGIES.items() if s != "conv"]
+    apart = [f"{STRATEGIES[p['strategy']]} {_gap(p['neighbors_corrected'])} and {_gap(p['broken'])}" for p in summary["paired"] if p["strategy"] != "conv"]
     k = _of(summary, "salient")["k"]
     way = "" if summary.get("scope", SCOPES[0]) == SCOPES[0] else f", each by its own norm and so {k**0.5:.3g} times as long in all,"
     few = f"; {summary['samples']:,} are too few to conclude anything from" if summary["samples"] < FEW else ""
-    return f"{summary['samples']:,} error{'s' * (summary['samples'] != 1)} of {summary['dataset']}: a step of {k} filter{'s' * (k != 1)}{of_layers(summary)}{way} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}{few}"
+    return f"{summary['samples']:,} error{'s' * (summary['samples'] != 1)} of {summary['dataset']}: a step of {k} filter{'s' * (k != 1)}{of_layers(summary)}{way} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}; on the same errors, less the most salient: {'; '.join(apart)}{few}"
+
+
+def _gap(difference: dict) -> str:
+    """A paired difference, and whether it might be none."""
+    gap = Interval(**difference)
+    return gap.text(3, "+") + ("" if gap.low > 0 or gap.high < 0 else " (not clearly apart)")
