@@ -8,6 +8,7 @@ import tarfile
 import intervention_oracles as naive
 import numpy as np
 import oracles
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -263,6 +264,20 @@ def test_steps_are_compared_on_the_same_samples(copied):
             assert entry[column]["estimate"] == pytest.approx(difference.mean()) and entry[column]["n"] == len(difference)
             shown = f"{entry[column]['estimate']:+.3f} ({entry[column]['low']:+.3f} to {entry[column]['high']:+.3f})"
             assert (shown in ended.err.splitlines()[-1].partition("on the same errors, less the most salient:")[2]) or entry["strategy"] == "conv"
+
+
+def test_at_equal_damage_each_strategy_is_at_its_best_and_compared_on_the_same_samples():
+    """Of every strategy what repairs most within a budget of damage; a strategy that breaks more whatever it does is not there."""
+    made = [(i, s, k, rate, repaired + 0.1 * (i % 2), broken) for i in range(12) for s, k, rate, repaired, broken in (("salient", 1, 0.1, 0.1, 0.01), ("salient", 20, 0.1, 0.3, 0.04), ("salient", 20, 0.5, 0.6, 0.15), ("all", 99, 0.1, 0.4, 0.05), ("all", 99, 0.5, 0.5, 0.3), ("least", 1, 0.5, 0.0, 0.9))]
+    rows = pa.table({name: list(column) for name, column in zip(("sample_id", "strategy", "k", "rate", "neighbors_corrected", "broken"), zip(*made))})
+    effects = [{"strategy": s, "k": k, "rate": rate, "neighbors_corrected": {"estimate": repaired + 0.05}, "broken": {"estimate": broken}} for i, s, k, rate, repaired, broken in made[:6]]
+    got = {(b["budget"], b["strategy"]): b for b in finetune.bargains(rows, effects)}
+    assert {key: (b["k"], b["rate"]) for key, b in got.items()} == {
+        (0.02, "salient"): (1, 0.1), (0.05, "salient"): (20, 0.1), (0.05, "all"): (99, 0.1), (0.1, "salient"): (20, 0.1), (0.1, "all"): (99, 0.1), (0.2, "salient"): (20, 0.5), (0.2, "all"): (99, 0.1),
+    }  # fmt: skip
+    gap = got[0.05, "all"]["less_salient"]["neighbors_corrected"]
+    assert gap["estimate"] == pytest.approx(0.1) and gap["n"] == 12 and "less_salient" not in got[0.05, "salient"]
+    assert got[0.2, "all"]["less_salient"]["broken"]["estimate"] == pytest.approx(-0.1)
 
 
 def test_a_step_that_may_do_no_better_is_said_to_be_unclear():
