@@ -211,7 +211,7 @@ def neighbors(
 
     output.check_format(format, ("table", "json"))
     opened = Run.open(run)
-    request = Request(run, source, None, max_samples, seed, None, None, engines(actors), address)
+    request = Request(run, source, None, max_samples, seed, None, None, engines(actors), address, "--from")
     if evaluate:
         request.check()
         request.dataset_of(opened.store)

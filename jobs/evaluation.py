@@ -17,7 +17,7 @@ from index.evaluate import Evaluation, Search, chances, ends
 from jobs import charts, sheet
 from jobs.experiment import Request, carry_out
 from pipeline.experiment import Choice
-from pipeline.intervals import FEW, Interval, bootstrap_mean, bootstrap_means
+from pipeline.intervals import CHANGE, FEW, Interval, bootstrap_mean, share_mean, share_means
 from pipeline.statistics import Reference
 from pipeline.store import Store, read_table
 
@@ -46,7 +46,7 @@ class Evaluate:
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
         seed = self.experiment.seed
         by = {setting: _Queries(rows.filter(pc.equal(rows["setting"], setting))) for setting in dict.fromkeys(rows["setting"].to_pylist())}
-        shares = {setting: {kind: _curve(queries.running(kind), seed) for kind in KINDS} for setting, queries in by.items()}
+        shares = {setting: {kind: _curve(queries.running(kind)) for kind in KINDS} for setting, queries in by.items()}
         wrong = by["all_samples"].running("misclassified")
         search = Search(self.experiment, store)
         label, prediction = (values[search.errors] for values in search.classes)
@@ -57,11 +57,11 @@ class Evaluate:
         known = np.all([np.isfinite(values) for values in colour.values()], axis=0)
         first, last = ends(self.experiment.layout, self.experiment.split)
         summary = {
-            "queries": len(queries.ids), "near": min(NEAR, queries.k), "pair_shares": shares, "error_shares": _curve(wrong, seed), "dataset": dataset, "datasets": list(self.experiment.datasets),
+            "queries": len(queries.ids), "near": min(NEAR, queries.k), "pair_shares": shares, "error_shares": _curve(wrong), "dataset": dataset, "datasets": list(self.experiment.datasets),
             "chance": float(chances(label, prediction, queries.label, queries.prediction, inside).mean()),
             "base_rate": len(search.errors) / max(1, search.facts.num_rows), "first_filters": [first.start, first.stop], "last_filters": [last.start, last.stop],
-            "colour_distance": {setting: bootstrap_mean(values[known], seed).to_json() for setting, values in colour.items()} if known.any() else {},
-            "colour_differences": {f"first_minus_{other}": bootstrap_mean((colour["first"] - colour[other])[known], seed).to_json() for other in ("last", "random")} if known.any() else {},
+            "colour_distance": {setting: share_mean(values[known]).to_json() for setting, values in colour.items()} if known.any() else {},
+            "colour_differences": {f"first_minus_{other}": bootstrap_mean((colour["first"] - colour[other])[known], seed, ends=CHANGE).to_json() for other in ("last", "random")} if known.any() else {},
             "examples": _examples(by, dataset, seed),
         }  # fmt: skip
         return summary | {"result": _result(summary), "found": found(summary)}
@@ -74,7 +74,7 @@ class Evaluate:
         most = max(len(mean) for mean, _, _ in bands.values())
         charts.curves(folder / "agreement", range(1, most + 1), bands, words, {"by chance": summary["chance"]})
         band = _band(summary["error_shares"])
-        words = charts.Words(f"Errors among the neighbours of errors: {summary['queries']:,} of data set {summary['dataset']}", f"k nearest among the samples of {' and '.join(summary['datasets'])}", "share that is misclassified", "band: 95% bootstrap interval over queries")
+        words = charts.Words(f"Errors among the neighbours of errors: {summary['queries']:,} of data set {summary['dataset']}", f"k nearest among the samples of {' and '.join(summary['datasets'])}", "share that is misclassified", "band: 95% interval over queries")
         charts.curves(folder / "errors", range(1, len(band[0]) + 1), {"nearest by all layers": band}, words, {"base rate": summary["base_rate"]})
         words = charts.Words(f"Colours of neighbours: {asked}, {summary['near']} nearest", "distance of colour histograms (0: the same colours, 1: none in common)", "", "bars: 95% intervals over queries")
         points = {NAMES[setting]: tuple(interval[key] for key in ("estimate", "low", "high")) for setting, interval in summary["colour_distance"].items()}
@@ -115,8 +115,9 @@ class _Queries:
         return self._is[what].cumsum(1) / np.arange(1, self.k + 1)
 
 
-def _curve(values: np.ndarray, seed: int) -> dict[str, list[float]]:
-    mean, low, high = bootstrap_means(values, seed)
+def _curve(values: np.ndarray) -> dict[str, list[float]]:
+    """Of shares [Q, k], a query's of its 1, 2, ... k neighbours: mean and interval [k] each."""
+    mean, low, high = share_means(values)
     return {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
 
 

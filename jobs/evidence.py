@@ -80,7 +80,7 @@ def finetune(
     from jobs.finetune import finetune as job
 
     output.check_format(format, ("table", "json"))
-    request = Request(run, source, None, max_samples, seed, fresh, device, engines(actors), address)
+    request = Request(run, source, None, max_samples, seed, fresh, device, engines(actors), address, "--from")
     _told(job(request, within, ks, rates, scope, layers, name), format)
 
 

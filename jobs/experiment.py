@@ -42,6 +42,7 @@ class Request:
     actors: tuple[int, int] | None = None
     address: str | None = None
     rehearsed: bool = False  # nothing is done: `carry_out` gives a `Rehearsal` of it
+    option: str = "--dataset"  # the one that `dataset` was given with
 
     def check(self) -> None:
         """Raises BadRequest with every fault of the settings together."""
@@ -122,7 +123,7 @@ def carry_out(verb: Verb, request: Request) -> dict | Rehearsal:
     chosen = units_of(store, dataset, choice)
     samples = sum(count for _, count in chosen)
     if not samples:
-        raise BadRequest(f"--dataset: {printable(dataset)} has no {'misclassified sample' if verb.subset == 'errors' else 'sample'}: there is nothing to look at")
+        raise BadRequest(f"{request.option}: {printable(dataset)} has no {'misclassified sample' if verb.subset == 'errors' else 'sample'}: there is nothing to look at; name another data set")
     settings = _settings(store, experiment, verb, request, dataset, reference_name)
     fresh = _discards(store, name, settings, request.fresh, request.rehearsed)
     folder = results_folder(store.run, name)

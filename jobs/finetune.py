@@ -20,7 +20,7 @@ from jobs.neighbors import own_rows
 from jobs.prune import filters_of, grid_of, of_layers
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Choice, Rows, batches, gathered, images_of, network_of
-from pipeline.intervals import FEW, Interval, bootstrap_mean, wilson
+from pipeline.intervals import CHANGE, FEW, Interval, bootstrap_mean, paired_shares, share_mean, wilson
 from pipeline.manifest import Manifest
 from pipeline.samples import Sample
 from pipeline.statistics import Reference
@@ -29,6 +29,7 @@ from pipeline.store import Store, saliency_of
 RATES = (0.5,)
 NEIGHBOURS, CONTROLS, POOL = 10, 40, 2000  # of each sample; controls are drawn from so many correctly classified held-out samples
 STRATEGIES = {"salient": "most salient", "random_live": "random, live alone", "least": "least salient, live alone", "all": "whole network", "conv": "all conv weights"}
+WHOLES = ("all", "conv")  # which have no number of filters
 SCOPES = ("global", "filter")
 TOGETHER = 8  # samples whose images are on the device at once
 SCHEMA = pa.schema(
@@ -37,6 +38,8 @@ SCHEMA = pa.schema(
 )  # fmt: skip
 EFFECTS = ("corrected", "neighbors_corrected", "neighbors_confidence_change", "broken")
 NEAR = 20  # filters that the sentence is about, or the grid's nearest
+BUDGETS = (0.02, 0.05, 0.1, 0.2)  # shares broken within which strategies are compared, where there are several rates; the sentence is about `BUDGET`
+BUDGET = 0.05
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Bench:
         self.manifest, self.network = network_of(run, device)
         self.run = Run(Store(run), Manifest.read(run))
         self.standard = Reference.read(run / "statistics" / f"{experiment.reference}.parquet", self.manifest.layers)
-        asked = self.manifest.layers.columns(experiment.layers) if experiment.layers else slice(None)
+        asked = self.manifest.layers.columns(experiment.layers) if experiment.layers is not None else slice(None)
         self.may_move = np.zeros(self.manifest.layers.total, bool)
         self.may_move[asked] = self.standard.live[asked]
         store = self.run.store
@@ -157,7 +160,8 @@ class FineTune:
         return f"{samples:,} misclassified samples x {self.experiment.steps} steps, each tried on {NEIGHBOURS} neighbours and {CONTROLS} correctly classified samples of {self.experiment.within} = {steps * (1 + NEIGHBOURS + CONTROLS):,} forwards of one image or less"
 
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
-        """Means of every strategy, k and rate with 95% bootstrap intervals over samples, Wilson's for `corrected`; of the neighbours' and controls' shares over those samples that have any."""
+        """Means of every strategy, k and rate with 95% intervals over samples: Wilson's for `corrected`, `share_mean` for the neighbours' and controls' shares, over those samples
+        that have any, a bootstrap for changes of confidence; `paired`: differences from the most salient filters' step on the same samples."""
         effects = []
         for strategy in STRATEGIES:
             of = rows.filter(pc.equal(rows["strategy"], strategy))
@@ -165,30 +169,22 @@ class FineTune:
                 for k in sorted(set(of["k"].to_pylist())):
                     table = of.filter(pc.and_(pc.equal(of["rate"], rate), pc.equal(of["k"], k)))
                     columns = {column: table[column].cast(pa.float64()).drop_null().to_numpy() for column in EFFECTS}
-                    known = {column: bootstrap_mean(values, self.experiment.seed) for column, values in columns.items() if len(values)}
+                    known = {column: share_mean(values) for column, values in columns.items() if len(values)}
                     known["corrected"] = wilson(int(columns["corrected"].sum()), len(columns["corrected"]))
+                    if len(changes := columns["neighbors_confidence_change"]):
+                        known["neighbors_confidence_change"] = bootstrap_mean(changes, self.experiment.seed, ends=CHANGE)
                     effects.append({"strategy": strategy, "k": k, "rate": rate} | {column: known[column].to_json() for column in EFFECTS if column in known})
         steps = len(effects)
         summary = {"scope": self.experiment.scope, "paired": self._paired(rows), "dataset": dataset, "within": self.experiment.within, "samples": rows.num_rows // steps, "dead_filters": int((~reference.live).sum()), "k": list(self.experiment.grid), "rates": list(self.experiment.rates), "layers": self.experiment.layers, "effects": effects}
+        summary["bargains"] = bargains(rows, effects) if len(self.experiment.rates) > 1 else []
         return summary | {"result": _result(summary), "found": found(summary)}
 
     def _paired(self, rows: pa.Table) -> list[dict]:
         """Of every strategy the difference from the most salient filters' step, at the k and rate that the sentence is about, on the same samples."""
         e = self.experiment
         rate, k = min(e.rates, key=lambda rate: abs(rate - RATES[0])), min(e.grid, key=lambda k: abs(k - NEAR))
-        of = {}
-        for strategy in STRATEGIES:
-            table = rows.filter(pc.and_(pc.equal(rows["strategy"], strategy), pc.equal(rows["rate"], rate)))
-            of[strategy] = (table if strategy in ("all", "conv") else table.filter(pc.equal(table["k"], k))).sort_by("sample_id")
-        found = []
-        for strategy in [s for s in STRATEGIES if s != "salient"]:
-            one = {"strategy": strategy, "minus": "salient", "k": k, "rate": rate}
-            for column in ("neighbors_corrected", "broken"):
-                a, b = (of[s][column].to_numpy(zero_copy_only=False).astype(np.float64) for s in (strategy, "salient"))
-                known = np.isfinite(a) & np.isfinite(b)
-                one |= {column: bootstrap_mean((a - b)[known], e.seed).to_json()} if known.any() else {}
-            found.append(one)
-        return found
+        salient = of_setting(rows, "salient", k, rate)
+        return [{"strategy": s, "minus": "salient", "k": k, "rate": rate} | less(of_setting(rows, s, k, rate), salient) for s in STRATEGIES if s != "salient"]
 
     def draw(self, store: Store, summary: dict, folder: Path) -> None:
         asked = f"one step on one of {summary['samples']:,} errors of {summary['dataset']}, tried on {summary['within']}"
@@ -207,6 +203,41 @@ class FineTune:
         what = f"a line: so many filters, at rates {', '.join(f'{r:g}' for r in summary['rates'])}" if len(summary["rates"]) > 1 else f"beside each point: filters; rate {rate:g}"
         words = charts.Words(f"Repaired against broken: {asked}", "share of correctly classified samples broken", f"share of the {NEIGHBOURS} nearest errors corrected", f"{what}; bars: 95% intervals over samples")
         charts.plane(folder / "frontier", {name: of for name, of in lines.items() if of}, words)
+
+
+def of_setting(rows: pa.Table, strategy: str, k: int, rate: float) -> pa.Table:
+    """The rows of one setting, by sample; of the whole network's steps there is one k alone."""
+    asked = pc.and_(pc.equal(rows["strategy"], strategy), pc.equal(rows["rate"], rate))
+    return rows.filter(asked if strategy in WHOLES else pc.and_(asked, pc.equal(rows["k"], k))).sort_by("sample_id")
+
+
+def less(one: pa.Table, other: pa.Table) -> dict[str, dict]:
+    """Differences of the shares repaired and broken between two settings, on the same samples, those that have both."""
+    found = {}
+    for column in ("neighbors_corrected", "broken"):
+        a, b = (table[column].to_numpy(zero_copy_only=False).astype(np.float64) for table in (one, other))
+        known = np.isfinite(a) & np.isfinite(b)
+        found |= {column: paired_shares(a[known], b[known]).to_json()} if known.any() else {}
+    return found
+
+
+def bargains(rows: pa.Table, effects: list[dict]) -> list[dict]:
+    """Of every budget and strategy the setting that repairs most among those that break no more; `less_salient`: its differences from the most salient filters' best, on the same samples.
+
+    The best of several is a little flattered, and the more so the more there are.
+    """
+    found = []
+    for budget in BUDGETS:
+        best = {}
+        for strategy in STRATEGIES:
+            within = [e for e in effects if e["strategy"] == strategy and "neighbors_corrected" in e and e.get("broken", {"estimate": 2})["estimate"] <= budget]
+            best |= {strategy: max(within, key=lambda e: e["neighbors_corrected"]["estimate"])} if within else {}
+        for strategy, e in best.items():
+            one = {"budget": budget} | {key: e[key] for key in ("strategy", "k", "rate", "neighbors_corrected", "broken")}
+            if strategy != "salient" and "salient" in best:
+                one["less_salient"] = less(*(of_setting(rows, s, best[s]["k"], best[s]["rate"]) for s in (strategy, "salient")))
+            found.append(one)
+    return found
 
 
 def finetune(request: Request, within: str, ks: str | None, rates: str | None, scope: str, layers: str | None, index_name: str | None) -> dict:
@@ -233,7 +264,7 @@ def finetune(request: Request, within: str, ks: str | None, rates: str | None, s
 def rates_of(text: str | None) -> tuple[float, ...]:
     """`0.1,0.5` as numbers, ascending. Raises BadRequest naming --rates."""
     try:
-        rates = tuple(sorted({float(part) for part in text.split(",")})) if text else RATES
+        rates = tuple(sorted({float(part) for part in text.split(",")})) if text is not None else RATES
     except ValueError:
         rates = (0.0,)
     if not all(1e-6 <= rate <= 1e6 for rate in rates):
@@ -244,7 +275,7 @@ def rates_of(text: str | None) -> tuple[float, ...]:
 def _lines(summary: dict, strategy: str) -> list[list[tuple[dict, dict, str]]]:
     """(broken, repaired, text) as they are joined: of several rates a line for each k, which stands at its end; of one rate a line over all k."""
     known = [e for e in summary["effects"] if e["strategy"] == strategy and "broken" in e and "neighbors_corrected" in e]
-    few = strategy not in ("all", "conv")
+    few = strategy not in WHOLES
     points = [(e["k"], e["rate"], (e["broken"], e["neighbors_corrected"])) for e in known]
     if len(summary["rates"]) == 1:
         return [[(*point, str(k) if few else "") for k, _, point in points]] if points else []
@@ -274,7 +305,26 @@ def found(summary: dict) -> str:
     if not all("neighbors_corrected" in e and "broken" in e for e in effects.values()):
         return f"{summary['within']} has no misclassified, or no correctly classified sample to try a step on"
     words = [f"{name} {effects[s]['neighbors_corrected'].text(3)} and {effects[s]['broken'].text(3)}" for s, name in STRATEGIES.items() if s != "conv"]
+    apart = [f"{STRATEGIES[p['strategy']]} {_gap(p['neighbors_corrected'])} and {_gap(p['broken'])}" for p in summary["paired"] if p["strategy"] != "conv"]
     k = _of(summary, "salient")["k"]
     way = "" if summary.get("scope", SCOPES[0]) == SCOPES[0] else f", each by its own norm and so {k**0.5:.3g} times as long in all,"
     few = f"; {summary['samples']:,} are too few to conclude anything from" if summary["samples"] < FEW else ""
-    return f"{summary['samples']:,} error{'s' * (summary['samples'] != 1)} of {summary['dataset']}: a step of {k} filter{'s' * (k != 1)}{of_layers(summary)}{way} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}{few}"
+    return f"{summary['samples']:,} error{'s' * (summary['samples'] != 1)} of {summary['dataset']}: a step of {k} filter{'s' * (k != 1)}{of_layers(summary)}{way} at rate {_rate(summary):g} on one error, share of its {NEIGHBOURS} nearest errors of {summary['within']} corrected, and of correctly classified samples broken: {'; '.join(words)}; on the same errors, less the most salient: {'; '.join(apart)}{_within(summary)}{few}"
+
+
+def _within(summary: dict) -> str:
+    """What is repaired at equal damage, where there are several rates."""
+    best = {b["strategy"]: b for b in summary.get("bargains", ()) if b["budget"] == BUDGET}
+    if not {"salient", "all"} <= set(best):
+        return ""
+    few, whole = best["salient"], best["all"]
+    return (
+        f"; breaking no more than {BUDGET:g}, the most salient {few['k']} at rate {few['rate']:g} repair {Interval(**few['neighbors_corrected']).text(3)}, the whole network at rate {whole['rate']:g} "
+        f"{Interval(**whole['neighbors_corrected']).text(3)}, on the same errors {_gap(whole['less_salient']['neighbors_corrected'])}"
+    )
+
+
+def _gap(difference: dict) -> str:
+    """A paired difference, and whether it might be none."""
+    gap = Interval(**difference)
+    return gap.text(3, "+") + ("" if gap.low > 0 or gap.high < 0 else " (not clearly apart)")

@@ -15,7 +15,7 @@ from jobs.progress import ProgressBar
 from pipeline.depth import DepthProfile, parts, sorted_within_layers
 from pipeline.errors import printable
 from pipeline.experiment import Choice, results_folder
-from pipeline.intervals import FEW, bootstrap_difference, bootstrap_mean, bootstrap_means, Interval
+from pipeline.intervals import FEW, Interval, bootstrap_difference, bootstrap_mean, bootstrap_means, margin
 from pipeline.statistics import Moments, Reference
 from pipeline.store import Store, saliency_of
 
@@ -37,7 +37,8 @@ class Profile:
         return f"the profiles of {samples:,} samples are read twice, no image"
 
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
-        """Means and 95% bootstrap intervals over samples (of the layers BCa, each layer by itself)."""
+        """Means and 95% intervals over samples: bootstrap, of the layers BCa, each layer by itself; Student's of every filter (`margins_within_layers`: half their lengths, in the
+        order of `sorted_within_layers`), of which there are too many to draw."""
         wrong = rows["label"].to_numpy() != rows["prediction"].to_numpy()
         salient, contrast = rows["saliency"].to_numpy(), rows["deep"].to_numpy().astype(np.float64) - rows["early"].to_numpy()
         layers = rows["layers"].combine_chunks().flatten().to_numpy().reshape(rows.num_rows, -1)
@@ -57,11 +58,14 @@ class Profile:
         means = self._group_means(store, dataset, rows.num_rows)
         names = [name for name, _ in self.experiment.layout.layers]
         early, _, deep = parts(len(names))
-        vectors = {"saliency": means["all"].mean, **{name: _standardise(means[name].mean, reference) for name in groups}}
+        vectors = {"saliency": (means["all"].mean, margin(means["all"].std, means["all"].count))}
+        vectors |= {name: (_standardise(means[name].mean, reference), _scale(margin(means[name].std, means[name].count), reference)) for name in groups}
+        curves = {name: sorted_within_layers(mean, self.experiment.layout, half) for name, (mean, half) in vectors.items()}
         about = {
             "groups": groups, "dataset": dataset, "dead_filters": int((~reference.live).sum()), "layers": names,
             "early_layers": [names[early][0], names[early][-1]], "deep_layers": [names[deep][0], names[deep][-1]],
-            "sorted_within_layers": {name: [_short(layer) for layer in sorted_within_layers(vector, self.experiment.layout)] for name, vector in vectors.items()},
+            "sorted_within_layers": {name: [_short(mean) for mean, _ in layers] for name, layers in curves.items()},
+            "margins_within_layers": {name: [_short(half, 3) for _, half in layers] for name, layers in curves.items()},
         }  # fmt: skip
         return summary | about | {"result": _result(groups, summary), "found": found(groups, summary)}
 
@@ -82,16 +86,21 @@ class Profile:
 
     def draw(self, store: Store, summary: dict, folder: Path) -> None:
         dataset, layers = summary["dataset"], summary["layers"]
-        curves = summary["sorted_within_layers"]
-        across = "layers, shallow to deep, each of the same width"
-        words = charts.Words(f"Filter saliency of data set {dataset}, mean over {sum(g['samples'] for g in summary['groups'].values()):,} samples", f"{across}; filters sorted within", "|gradient|", "")
-        charts.within_layers(folder / "saliency", {"all samples": curves["saliency"]}, layers, words, log=True)
+        across, note = "layers, shallow to deep, each of the same width", "bands: 95% intervals of each filter's mean over samples"
+        words = charts.Words(f"Filter saliency of data set {dataset}, mean over {sum(g['samples'] for g in summary['groups'].values()):,} samples", f"{across}; filters sorted within", "|gradient|", note)
+        charts.within_layers(folder / "saliency", {"all samples": banded(summary, "saliency")}, layers, words, log=True)
         named = {f"{name} ({group['samples']:,})": name for name, group in summary["groups"].items()}
-        words = charts.Words(f"Standardised filter saliency of data set {dataset}, means of the groups", f"{across}; filters sorted within", "standardised saliency", "")
-        charts.within_layers(folder / "standardised", {shown: curves[name] for shown, name in named.items()}, layers, words)
+        words = charts.Words(f"Standardised filter saliency of data set {dataset}, means of the groups", f"{across}; filters sorted within", "standardised saliency", note)
+        charts.within_layers(folder / "standardised", {shown: banded(summary, name) for shown, name in named.items()}, layers, words)
         bands = {shown: tuple(summary["groups"][name]["layers"][key] for key in ("mean", "low", "high")) for shown, name in named.items()}
         words = charts.Words(f"Where data set {dataset} is salient: mean over the filters of each layer", across, "standardised saliency")
         charts.by_layer(folder / "depth", bands, layers, words)
+
+
+def banded(summary: dict, name: str) -> list[charts.Band]:
+    """A curve of `sorted_within_layers` with its margins: (mean, low, high) of the filters of each layer."""
+    layers = zip(summary["sorted_within_layers"][name], summary["margins_within_layers"][name])
+    return [(mean, np.subtract(mean, half).tolist(), np.add(mean, half).tolist()) for mean, half in layers]
 
 
 def profile(request: Request, sample: str | None) -> dict:
@@ -105,9 +114,10 @@ def profile(request: Request, sample: str | None) -> dict:
         vector = run.standardised(place, reference)[0]
         facts = run.record(place, ["label", "prediction"])
         names = [run.manifest.name_of(facts[key]) or str(facts[key]) for key in ("label", "prediction")]
-        curves = {f"{place.dataset}:{place.sample_id}": sorted_within_layers(vector, run.manifest.layers), "misclassified, mean": summary["sorted_within_layers"].get("misclassified"), "correct, mean": summary["sorted_within_layers"].get("correct")}
-        words = charts.Words(f"One image: true {printable(names[0])}, predicted {printable(names[1])}", "layers, shallow to deep, each of the same width; filters sorted within", "standardised saliency", "")
-        charts.within_layers(results_folder(run.store.run, "profile") / "sample", {name: curve for name, curve in curves.items() if curve}, summary["layers"], words)
+        alone = [(values, values, values) for values, _ in sorted_within_layers(vector, run.manifest.layers)]  # one image is what it is
+        curves = {f"{place.dataset}:{place.sample_id}": alone, **{f"{name}, mean": banded(summary, name) for name in summary["groups"]}}
+        words = charts.Words(f"One image: true {printable(names[0])}, predicted {printable(names[1])}", "layers, shallow to deep, each of the same width; filters sorted within", "standardised saliency", "bands of the means: 95% intervals over samples")
+        charts.within_layers(results_folder(run.store.run, "profile") / "sample", curves, summary["layers"], words)
     return summary
 
 
@@ -142,9 +152,14 @@ def _result(groups: dict, summary: dict) -> dict[str, float]:
 
 def _standardise(mean: np.ndarray, reference: Reference) -> np.ndarray:
     """The mean of ŝ of a group from its mean of s̄, float64 [F]: standardising is affine."""
-    return np.where(reference.live, (mean - reference.mean) / np.where(reference.live, reference.std, 1.0), 0.0)
+    return _scale(mean - reference.mean, reference)
 
 
-def _short(values: np.ndarray) -> list[float]:
+def _scale(distance: np.ndarray, reference: Reference) -> np.ndarray:
+    """What a distance of s̄, float64 [F], is of ŝ: over sigma, 0 for the dead."""
+    return np.where(reference.live, distance / np.where(reference.live, reference.std, 1.0), 0.0)
+
+
+def _short(values: np.ndarray, digits: int = 7) -> list[float]:
     """Seven digits are float32's own."""
-    return [float(f"{value:.7g}") for value in values]
+    return [float(f"{value:.{digits}g}") for value in values]

@@ -15,7 +15,7 @@ from jobs.experiment import Request, carry_out, standards
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Rows, batches, images_of, network_of
 from pipeline.filters import FilterLayout
-from pipeline.intervals import FEW, Interval, bootstrap_mean, bootstrap_means, wilson
+from pipeline.intervals import CHANGE, FEW, Interval, bootstrap_mean, bootstrap_means, paired_shares, wilson
 from pipeline.samples import Sample
 from pipeline.statistics import Reference
 from pipeline.store import Store, saliency_of
@@ -54,7 +54,7 @@ class Pruning:
 
         manifest, network = network_of(run, device)
         standard = Reference.read(run / "statistics" / f"{self.reference}.parquet", manifest.layers)
-        among = manifest.layers.columns(self.layers) if self.layers else slice(None)
+        among = manifest.layers.columns(self.layers) if self.layers is not None else slice(None)
         pruners: dict[tuple[int, ...], Pruner] = {}
 
         def rows(samples, profiles):
@@ -94,22 +94,24 @@ class Prune:
         return f"{samples:,} misclassified samples x {len(STRATEGIES)} strategies x {len(self.experiment.grid)} sizes = {pairs:,} prunings, each a forward of one image or less"
 
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
-        """Of every strategy and k the mean changes with bootstrap intervals over samples, and the share corrected with Wilson's; `paired`: of the shares
-        corrected the differences on the same samples, at the k that the sentence is about."""
+        """Of every strategy and k the mean changes with bootstrap intervals over samples, and the share corrected with Wilson's; `paired` and `paired_wrong`: of the shares
+        corrected and of the changes of the wrong class's confidence the differences on the same samples, at the k that the sentence is about."""
         curves: dict[str, dict] = {}
-        at = int(np.argmin(np.abs(np.array(self.experiment.grid) - NEAR)))
-        corrected: dict[str, np.ndarray] = {}
+        grid, seed = self.experiment.grid, self.experiment.seed
+        at = int(np.argmin(np.abs(np.array(grid) - NEAR)))
+        corrected, wrong = {}, {}
         for strategy in STRATEGIES:
             table = rows.filter(pc.equal(rows["strategy"], strategy))
-            by = {column: table[column].to_numpy().reshape(-1, len(self.experiment.grid)).astype(np.float64) for column in SCHEMA.names[3:]}
-            curves[strategy] = {column: dict(zip(("mean", "low", "high"), (v.tolist() for v in bootstrap_means(by[column], self.experiment.seed)))) for column in SCHEMA.names[3:5]}
-            corrected[strategy] = by["corrected"][:, at]
+            by = {column: table[column].to_numpy().reshape(-1, len(grid)).astype(np.float64) for column in SCHEMA.names[3:]}
+            curves[strategy] = {column: dict(zip(("mean", "low", "high"), (v.tolist() for v in bootstrap_means(by[column], seed, ends=CHANGE)))) for column in SCHEMA.names[3:5]}
             shares = [wilson(int(column.sum()), len(column)) for column in by["corrected"].T]
             curves[strategy]["corrected"] = {"mean": [s.estimate for s in shares], "low": [s.low for s in shares], "high": [s.high for s in shares]}
-        samples = rows.num_rows // (len(STRATEGIES) * len(self.experiment.grid))
-        summary = {"dataset": dataset, "samples": samples, "k": list(self.experiment.grid), "mode": self.experiment.mode, "layers": self.experiment.layers, "dead_filters": int((~reference.live).sum()), "curves": curves}
-        summary["paired"] = {f"{a}_minus_{b}": bootstrap_mean(corrected[a] - corrected[b], self.experiment.seed).to_json() for a, b in PAIRS}
-        result = {"samples": samples, "dead_filters": summary["dead_filters"], "k": self.experiment.grid[at]}
+            corrected[strategy], wrong[strategy] = by["corrected"][:, at], by["wrong_confidence_change"][:, at]
+        samples = rows.num_rows // (len(STRATEGIES) * len(grid))
+        summary = {"dataset": dataset, "samples": samples, "k": list(grid), "mode": self.experiment.mode, "layers": self.experiment.layers, "dead_filters": int((~reference.live).sum()), "curves": curves}
+        summary["paired"] = {f"{a}_minus_{b}": paired_shares(corrected[a], corrected[b]).to_json() for a, b in PAIRS}
+        summary["paired_wrong"] = {f"{a}_minus_{b}": bootstrap_mean(wrong[a] - wrong[b], seed, ends=CHANGE).to_json() for a, b in PAIRS}
+        result = {"samples": samples, "dead_filters": summary["dead_filters"], "k": grid[at]}
         result |= {f"{column}_{strategy}": curves[strategy][column]["mean"][at] for column in SCHEMA.names[3:] for strategy in STRATEGIES}
         return summary | {"result": result, "found": found(summary, at)}
 
@@ -136,7 +138,7 @@ def prune(request: Request, ks: str | None, mode: str, layers: str | None) -> di
 
 def filters_of(layout: FilterLayout, layers: str | None, reference: Reference) -> int:
     """How many may be chosen: the live ones. Raises BadRequest for layers that the network does not have, or whose filters are all dead."""
-    live = int(reference.live[layout.columns(layers) if layers else slice(0, layout.total)].sum())
+    live = int(reference.live[layout.columns(layers) if layers is not None else slice(0, layout.total)].sum())
     if not live:
         raise BadRequest(f"--layers: all filters of {printable(layers or 'the network')} are dead in the reference (sigma is 0): there is nothing to choose from")
     return live
@@ -150,7 +152,7 @@ def of_layers(summary: dict) -> str:
 def grid_of(text: str | None, default: tuple[int, ...], most: int) -> tuple[int, ...]:
     """`1,5,20` as numbers, ascending; the default as far as there are filters. Raises BadRequest naming -k."""
     try:
-        grid = tuple(sorted({int(part) for part in text.split(",")})) if text else tuple(k for k in default if k <= most)
+        grid = tuple(sorted({int(part) for part in text.split(",")})) if text is not None else tuple(k for k in default if k <= most)
     except ValueError:
         grid = (0,)
     if not 1 <= grid[0] <= grid[-1] <= most:
@@ -167,11 +169,12 @@ def found(summary: dict, at: int) -> str:
 
     share = {s: interval(s, "corrected") for s in STRATEGIES}
     drop = {s: interval(s, "wrong_confidence_change") for s in STRATEGIES}
-    apart = [Interval(**summary["paired"][f"{a}_minus_{b}"]) for a, b in PAIRS]
+    apart, fall = ([Interval(**summary[of][f"{a}_minus_{b}"]) for a, b in PAIRS] for of in ("paired", "paired_wrong"))
     few = f"; {'1 is' if n == 1 else f'{n:,} are'} too few to conclude anything from"
     doubt = few if n < FEW else "" if all(gap.low > 0 for gap in apart) else ", the reverse of what the paper found" if any(gap.high < 0 for gap in apart) else " (not all clearly apart)"
     way = "" if summary["mode"] == MODES[0] else ", weights and bias alone,"
     return (
         f"turning off the {summary['k'][at]} most salient filters{of_layers(summary)}{way} corrects {share['salient'].text(3)} of {n:,} misclassified samples, random live ones {share['random_live'].text(3)}, the least salient {share['least'].text(3)}"
         f", on the same samples differences of {apart[0].text(3, '+')} and {apart[1].text(3, '+')}{doubt}; the wrong class's confidence changes by {drop['salient'].text(3, '+')}, {drop['random_live'].text(3, '+')} and {drop['least'].text(3, '+')}"
+        f", differences of {fall[0].text(3, '+')} and {fall[1].text(3, '+')}"
     )

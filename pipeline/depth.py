@@ -35,9 +35,11 @@ def parts(layers: int) -> tuple[slice, slice, slice]:
     return slice(0, third), slice(third, layers - third), slice(layers - third, layers)
 
 
-def sorted_within_layers(vector: np.ndarray, layout: FilterLayout) -> list[np.ndarray]:
-    """One vector [F] cut into its layers, shallow to deep, each sorted from its largest to its smallest value."""
-    return [np.sort(vector[columns])[::-1] for columns in layout.slices.values()]
+def sorted_within_layers(vector: np.ndarray, layout: FilterLayout, beside: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """One vector [F] cut into its layers, shallow to deep, each sorted from its largest to its smallest value; with each the numbers that stood `beside` its own, [F] (None: zeros), in the same order."""
+    beside = np.zeros_like(vector) if beside is None else beside
+    orders = [columns.start + np.argsort(-vector[columns], kind="stable") for columns in layout.slices.values()]
+    return [(vector[order], beside[order]) for order in orders]
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,10 @@ class FilterLayout:
     def columns(self, layers: str) -> slice:
         """The columns of `FIRST..LAST`, both ends included; either end may be left out, and one name is itself.
 
-        Raises BadRequest for a layer that the network does not have, or a range that runs backwards.
+        Raises BadRequest for a layer that the network does not have, a range that runs backwards, or no name at all.
         """
+        if not layers:
+            raise BadRequest("--layers: it is empty; name FIRST..LAST, or leave --layers out for all of them")
         first, dots, last = layers.partition("..")
         if not dots:
             last = first

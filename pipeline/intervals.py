@@ -1,8 +1,9 @@
 """95% intervals: of means over samples, of differences of means, and of shares.
 
-A bootstrap draws samples with replacement. What several rows say of one sample must be averaged first: samples are independent, rows are not.
-Of few samples a bootstrap is far too sure (two of them cover half the time); below `SMALL` the interval is Student's, and below `FEW` no verdict
-should rest on it.
+What several rows say of one sample must be averaged first: samples are independent, rows are not. A bootstrap draws samples with replacement. Of
+few samples it is far too sure (two of them cover half the time), and of an event that none of them shows it is certain: below `SMALL` samples an
+interval is Student's, shares have intervals of their own, which have a length even where none or all of the samples have a property, and below
+`FEW` samples no verdict should rest on any of them. Coverage is simulated in tests/test_intervals.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from scipy.special import ndtr, ndtri, stdtrit
 LEVEL = 0.95
 SMALL = 20  # samples below which an interval is Student's
 FEW = 10  # samples below which nothing is concluded
+UNSEEN = 0.25  # of a sample at either end, when the spread of shares is estimated: see `share_means`
+CHANGE = (-1.0, 1.0)  # what a change of a share or of a confidence, or a difference of two, cannot leave
 RESAMPLES = 2000
 BLOCK = 2**22  # draws held at once: 32 MiB
 
@@ -37,19 +40,22 @@ class Interval:
         return f"{self.estimate:{sign}.{digits}f} ({self.low:{sign}.{digits}f} to {self.high:{sign}.{digits}f})"
 
 
-def bootstrap_means(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean, low, high), float64 [M], of values [N, M] over N samples: BCa intervals (Efron, 1987), every column with the same draws;
-    of fewer than `SMALL` samples Student's, which may leave the range of the values.
+def bootstrap_means(
+    values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL, ends: tuple[float, float] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(mean, low, high), float64 [M], of values [N, M] over N samples: BCa intervals (Efron, 1987), every column with the same draws; of fewer than
+    `SMALL` samples Student's.
 
-    A column without spread, or a single sample, has an interval of length 0, which says nothing. Raises ValueError for no sample.
+    ends: what no value can leave. The intervals then stay inside, and of few samples, or of a column without spread, they are those of `_with_ends`.
+    Without ends Student's may leave the range of the values, and a column without spread, or a single sample, has an interval of length 0, which says
+    nothing. Raises ValueError for no sample.
     """
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("an interval needs at least one sample")
     mean = values.mean(0)
     if len(values) < SMALL:
-        half = _student(values, len(values) - 1, level)
-        return mean, mean - half, mean + half
+        return (mean, *_with_ends(values, ends, level)) if ends else (mean, *(mean + sign * _student(values, level) for sign in (-1, 1)))
     centred = values - mean  # so that sums of large numbers do not hide small spreads
     drawn = np.concatenate([counts @ centred for counts in _draws(len(values), seed, resamples)]) / len(values)  # [R, M]
     below = ((drawn < 0).mean(0) + (drawn <= 0).mean(0)) / 2
@@ -62,13 +68,15 @@ def bootstrap_means(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLE
         share = ndtr(bias + z / (1 - acceleration * z))
         bound = mean + np.array([np.quantile(column, q) for column, q in zip(drawn.T, share)])
         bounds.append(np.clip(bound, values.min(0), values.max(0)))  # rounding would put the least of shares just below 0
+    if ends:
+        same = values.min(0) == values.max(0)
+        bounds = [np.where(same, wide, bound) for wide, bound in zip(_with_ends(values, ends, level), bounds)]
     return mean, bounds[0], bounds[1]
 
 
-def bootstrap_mean(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
+def bootstrap_mean(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL, ends: tuple[float, float] | None = None) -> Interval:
     """Of values [N]."""
-    mean, low, high = bootstrap_means(np.asarray(values)[:, None], seed, resamples, level)
-    return Interval(float(mean[0]), float(low[0]), float(high[0]), len(values))
+    return _only(bootstrap_means(np.asarray(values)[:, None], seed, resamples, level, ends), len(values))
 
 
 def bootstrap_difference(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
@@ -90,20 +98,84 @@ def bootstrap_difference(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples:
     return Interval(float(np.mean(a) - np.mean(b)), float(low), float(high), len(a) + len(b))
 
 
+def share_means(values: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(mean, low, high), float64 [M], of shares [N, M], each sample's own (of its 10 neighbours, say) or any number in 0..1: Wilson's interval of as many
+    plain trials as the samples are worth.
+
+    n samples with the mean m and the spread s are worth n m (1 - m) / s^2 trials: n where a sample has all or nothing, when this is `wilson` but for
+    Student's quantile in the place of the normal one, and more the more alike they are. A few samples say little of s, and none at all where every share
+    is 0, so s^2 and m are taken in that number as if `UNSEEN` of a further sample had nothing, and as much of another had all. The interval never leaves
+    0..1, always has a length, and is that of n trials where none or all of the samples have the property. A bootstrap cannot draw what was not seen, and
+    covers a rare share of few samples half the time; Student's interval leaves 0..1. A single sample has 0..1. Raises ValueError for no sample.
+    """
+    values = np.asarray(values, np.float64)
+    n = len(values)
+    if not n:
+        raise ValueError("an interval needs at least one sample")
+    mean = values.mean(0)
+    if n == 1:
+        return mean, np.zeros_like(mean), np.ones_like(mean)
+    about = (values.sum(0) + UNSEEN) / (n + 2 * UNSEEN)
+    spread = (np.square(values - about).sum(0) + UNSEEN * (np.square(about) + np.square(1 - about))) / (n + 2 * UNSEEN)
+    return (mean, *_score(mean, n * about * (1 - about) / spread, float(stdtrit(n - 1, (1 + level) / 2))))
+
+
+def share_mean(values: np.ndarray, level: float = LEVEL) -> Interval:
+    """Of shares [N], a sample's each; of all or nothing `wilson` is the plain interval."""
+    return _only(share_means(np.asarray(values)[:, None], level), len(values))
+
+
+def paired_shares(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> Interval:
+    """Of mean(a - b), shares [N] or all or nothing (0 and 1) of the same N samples: Student's of the differences, as if two more samples had been seen, one that
+    differs by 1 and one by -1 (what Bonett and Price, 2012, do for pairs of 0 and 1). Stays within -1..1, and has a length even where no sample differs.
+
+    Raises ValueError for no sample.
+    """
+    differences = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    if not len(differences):
+        raise ValueError("an interval needs at least one sample")
+    return _only((differences[:, None].mean(0), *_with_ends(differences[:, None], CHANGE, level)), len(differences))
+
+
 def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
     """Of a share of n independent samples (Wilson, 1927): has a length even at 0 and at n, where a bootstrap has none. Raises ValueError for no sample."""
     if n < 1:
         raise ValueError("an interval needs at least one sample")
-    z = ndtri((1 + level) / 2)
-    share = successes / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Interval(share, float(max(0.0, middle - half)), float(min(1.0, middle + half)), n)
+    mean = np.array([successes / n])
+    return _only((mean, *_score(mean, np.array([float(n)]), float(ndtri((1 + level) / 2)))), n)
 
 
-def _student(values: np.ndarray, freedom: int, level: float) -> np.ndarray:
+def margin(spread: np.ndarray, n: int, level: float = LEVEL) -> np.ndarray:
+    """Half the length of Student's interval of a mean over n samples, in the shape of their standard deviations `spread` (n - 1); 0 for a single sample."""
+    return stdtrit(n - 1, (1 + level) / 2) * spread / np.sqrt(n) if n > 1 else np.zeros_like(spread)
+
+
+def _score(share: np.ndarray, trials: np.ndarray, quantile: float) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) of Wilson's interval [M] of shares seen in so many trials [M]."""
+    square = quantile * quantile / trials
+    middle = (share + square / 2) / (1 + square)
+    half = quantile / (1 + square) * np.sqrt(share * (1 - share) / trials + square / (4 * trials))
+    return np.minimum(share, np.maximum(0.0, middle - half)), np.maximum(share, np.minimum(1.0, middle + half))
+
+
+def _with_ends(values: np.ndarray, ends: tuple[float, float], level: float) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) of Student's interval [M] of the mean of values [N, M], N >= 1, as if one more sample had been seen at either end of what they can be; within the ends."""
+    n = len(values)
+    if n == 1:
+        return tuple(np.full(values.shape[1], float(end)) for end in ends)
+    more = np.concatenate([values, np.broadcast_to(np.array(ends)[:, None], (2, values.shape[1]))])
+    half = margin(more.std(0, ddof=1), n, level) * np.sqrt(n / (n + 2))
+    return np.clip(more.mean(0) - half, *ends), np.clip(more.mean(0) + half, *ends)
+
+
+def _only(bounds: tuple[np.ndarray, np.ndarray, np.ndarray], n: int) -> Interval:
+    """The interval of a single column."""
+    return Interval(*(float(bound[0]) for bound in bounds), n)
+
+
+def _student(values: np.ndarray, level: float) -> np.ndarray:
     """Half the length [M] of Student's interval of the mean of values [N, M]; 0 for a single sample."""
-    return stdtrit(freedom, (1 + level) / 2) * values.std(0, ddof=1) / np.sqrt(len(values)) if freedom else np.zeros(values.shape[1])
+    return margin(values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1]), len(values), level)
 
 
 def _draws(n: int, seed, resamples: int) -> Iterator[np.ndarray]:

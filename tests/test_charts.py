@@ -6,6 +6,7 @@ import pytest
 from jobs import charts
 
 WORDS = charts.Words("A title", "across", "up")
+TWO_LAYERS = [(layer, [value - 0.01 for value in layer], [value + 0.01 for value in layer]) for layer in ([0.3, 0.02], [0.05, 0.004, 1e-15])]  # two of them reach below 0
 BAND = ([0.1, 0.2, 0.4], [0.05, 0.1, 0.3], [0.2, 0.3, 0.5])
 
 
@@ -26,13 +27,13 @@ def ticks(figure, axis: str) -> list[str]:
 
 def test_a_logarithmic_axis_has_plain_numbers(tmp_path, drawn):
     """Texts of strangers are no formulas, so the axis must not rely on formulas either."""
-    charts.within_layers(tmp_path / "s", {"all": [[0.3, 0.02], [0.05, 0.004, 1e-15]]}, ["conv1", "conv2"], WORDS, log=True)
+    charts.within_layers(tmp_path / "s", {"all": TWO_LAYERS}, ["conv1", "conv2"], WORDS, log=True)
     labels = ticks(drawn[0], "y")
     assert "0.1" in labels and all(float(label) > 0 for label in labels)
 
 
 def test_filters_that_are_almost_dead_do_not_flatten_the_others(tmp_path, drawn):
-    charts.within_layers(tmp_path / "s", {"all": [[0.3, 0.02], [0.05, 0.004, 1e-15]]}, ["conv1", "conv2"], WORDS, log=True)
+    charts.within_layers(tmp_path / "s", {"all": TWO_LAYERS}, ["conv1", "conv2"], WORDS, log=True)
     low, high = drawn[0].axes[0].get_ylim()
     assert 1e-5 < low < 0.004 and high > 0.3
 
@@ -72,3 +73,48 @@ def test_a_sweep_is_joined_by_its_rates_and_one_rate_by_its_sizes():
     one = {"rates": [0.5], "effects": [effect("salient", k, 0.5) for k in (1, 20)]}
     assert shape(_lines(one, "salient")) == [[(0.5, 1, "1"), (0.5, 20, "20")]]
     assert _of(sweep, "salient")["rate"] == 0.5 and _lines(sweep, "least") == []
+
+
+CHARTS = {
+    "curves": lambda path, names: charts.curves(path, [1, 5, 20], {name: BAND for name in names}, WORDS, {"by chance": 0.1}),
+    "by layer": lambda path, names: charts.by_layer(path, {name: BAND for name in names}, ["a", "b", "c"], WORDS),
+    "within layers": lambda path, names: charts.within_layers(path, {name: TWO_LAYERS for name in names}, ["a", "b"], WORDS),
+    "plane": lambda path, names: charts.plane(path, {name: [[({"estimate": x, "low": x, "high": x},) * 2 + ("",) for x in (0.0, 0.3, 0.9)]] for name in names}, WORDS),
+}
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("most salient", "random", "random, live alone", "least salient, live alone", "whole network", "all conv weights"), ("a name that is as long as a data set may be called " * 2, "b")], ids=["two", "six", "long"])
+@pytest.mark.parametrize("chart", CHARTS)
+def test_what_is_said_of_the_curves_hides_none_of_them(tmp_path, drawn, chart, names):
+    """Legend and title lie above the axes, one below the other; names of levels beside them."""
+    CHARTS[chart](tmp_path / "c", names)
+    figure = drawn[0]
+    axes, renderer = figure.axes[0], figure.canvas.get_renderer()
+    inside, legend, title = axes.get_window_extent(), axes.get_legend().get_window_extent(renderer), axes._left_title.get_window_extent(renderer)
+    assert inside.y1 <= legend.y0 < legend.y1 <= title.y0 and title.y1 <= figure.bbox.y1 and [text.get_text() for text in axes.get_legend().texts] == list(names)
+    for text in axes.texts:
+        if text.get_text().startswith("by chance"):
+            assert text.get_window_extent(renderer).x0 >= inside.x1 and text.get_window_extent(renderer).x1 <= figure.bbox.x1
+
+
+def test_filters_have_the_intervals_that_they_are_given(tmp_path, drawn):
+    """A band in each layer, none between layers."""
+    charts.within_layers(tmp_path / "s", {"all": TWO_LAYERS}, ["conv1", "conv2"], WORDS)
+    (band,) = drawn[0].axes[0].collections
+    corners = np.concatenate([path.vertices for path in band.get_paths()])
+    for x, low, high in ((0.25, 0.29, 0.31), (0.75, 0.01, 0.03), (1 + 1 / 6, 0.04, 0.06), (1.5, -0.006, 0.014)):
+        at = corners[np.isclose(corners[:, 0], x)][:, 1]
+        assert at.min() == pytest.approx(low) and at.max() == pytest.approx(high)
+    assert len(band.get_paths()) == 2
+
+
+def test_names_of_layers_are_told_apart(tmp_path, drawn):
+    """SqueezeNet's differ in the middle, and where a name is too long its end is what another's is."""
+    fires = [f"features.{i}.{part}" for i in (3, 4, 6, 7, 9, 10, 11, 12) for part in ("squeeze", "expand1x1", "expand3x3")]
+    blocks = [f"features.denseblock{b}.denselayer{i}.a_module_of_modules.conv{j}" for b in (1, 2, 3) for i in (1, 2, 3) for j in (1, 2)]
+    for layers in (["features.0", *fires, "classifier.1"], blocks, ["x" * 300 + str(i) + "y" * 300 for i in range(4)]):
+        charts.by_layer(tmp_path / "l", {"a": ([0.0] * len(layers),) * 3}, layers, WORDS)
+        shown = ticks(drawn[-1], "x")
+        assert len(set(shown)) == len(shown) == min(charts.NAMED, len(layers))
+        if layers[1:-1] == fires:
+            assert set(shown) <= set(layers), "these are short enough to be written out"

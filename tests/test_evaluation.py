@@ -228,6 +228,17 @@ def test_the_sentence_says_what_the_numbers_say(copied, tmp_path):
     assert "not clearly closer in colour than" in found(summary | {"colour_differences": {"first_minus_last": none, "first_minus_random": none}}) and "colour" not in found(summary | {"colour_differences": {}})
 
 
+def test_shares_of_neighbours_have_intervals_with_a_length_inside_their_range(copied, tmp_path):
+    """Where no neighbour, or every one, has the property, and of few queries too."""
+    for most in (1, 4, 60):
+        _, summary = ask(copied, tmp_path, "--from", "val", "--in", "v2", "--max-samples", most)
+        curves = [curve for of in summary["pair_shares"].values() for curve in of.values()] + [summary["error_shares"]]
+        points = [point for curve in curves for point in zip(curve["low"], curve["mean"], curve["high"])]
+        points += [tuple(i[key] for key in ("low", "estimate", "high")) for i in summary["colour_distance"].values()]
+        assert {mean for _, mean, _ in points} & {0.0, 1.0} and all(0 <= low <= mean <= high <= 1 and high > low for low, mean, high in points)
+        assert all(-1 <= i["low"] < i["high"] <= 1 for i in summary["colour_differences"].values())
+
+
 @pytest.mark.parametrize("words, said", [(("--from", "val", "--in", "v2"), "--in: the index holds no sample of v2"), (("--from", "v2"), "--from: v2 has no misclassified sample")])
 def test_where_there_is_nothing_to_evaluate_the_file_stays_as_it_was(copied, tmp_path, words, said):
     for file in (copied.run / "profiles/v2").glob("*.parquet"):

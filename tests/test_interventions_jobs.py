@@ -8,6 +8,7 @@ import tarfile
 import intervention_oracles as naive
 import numpy as np
 import oracles
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from index import Run
-from jobs import cluster
+from jobs import cluster, finetune
 from jobs.prune import filters_of, found as sentence, grid_of
 from pipeline.statistics import Reference
 from pipeline.filters import FilterLayout
@@ -167,6 +168,11 @@ def test_a_sample_is_neither_its_own_neighbour_nor_control_in_its_own_data_set(c
         (["prune", "-k", "0,5"], "-k: '0,5'"),
         (["prune", "-k", "1,25"], "from 1 to 24"),
         (["prune", "-k", "some"], "-k: 'some'"),
+        (["prune", "-k", ""], "-k: ''"),
+        (["prune", "--layers", ""], "--layers: it is empty"),
+        (["finetune", "--from", "val", "--in", "v2", "-k", ""], "-k: ''"),
+        (["finetune", "--from", "val", "--in", "v2", "--rates", ""], "--rates: ''"),
+        (["finetune", "--from", "val", "--in", "v2", "--layers", ""], "--layers: it is empty"),
         (["prune", "--mode", "hard"], "--mode: 'hard'"),
         (["prune", "--layers", "deep"], "--layers: this network has no layer 'deep'"),
         (["finetune", "--from", "val", "--in", "v2", "--layers", "deep"], "--layers: this network has no layer 'deep'"),
@@ -244,6 +250,69 @@ def test_shares_corrected_are_compared_on_the_same_samples(copied):
         assert interval["estimate"] == pytest.approx((of[a] - of[b]).mean()) and interval["n"] == len(of[a])
 
 
+def test_steps_are_compared_on_the_same_samples(copied):
+    """What the sentence says of two strategies is the difference on each sample, not two intervals side by side."""
+    ended = tiny.call("finetune", "--run", copied.run, "--from", "val", "--in", "v2", "-k", "2", "--rates", "0.5")
+    assert ended.code == 0, ended.err
+    rows = rows_of(copied.run / "experiments/finetune")
+    of = {s: {c: np.array([row[c] for row in sorted(rows, key=lambda row: row["sample_id"]) if row["strategy"] == s], float) for c in ("neighbors_corrected", "broken")} for s in ("salient", "random_live", "least", "all", "conv")}
+    paired = summary_of(copied.run, "finetune")["paired"]
+    assert [entry["strategy"] for entry in paired] == ["random_live", "least", "all", "conv"]
+    for entry in paired:
+        for column, values in of[entry["strategy"]].items():
+            difference = values - of["salient"][column]
+            assert entry[column]["estimate"] == pytest.approx(difference.mean()) and entry[column]["n"] == len(difference)
+            shown = f"{entry[column]['estimate']:+.3f} ({entry[column]['low']:+.3f} to {entry[column]['high']:+.3f})"
+            assert (shown in ended.err.splitlines()[-1].partition("on the same errors, less the most salient:")[2]) or entry["strategy"] == "conv"
+
+
+def test_at_equal_damage_each_strategy_is_at_its_best_and_compared_on_the_same_samples():
+    """Of every strategy what repairs most within a budget of damage; a strategy that breaks more whatever it does is not there."""
+    made = [(i, s, k, rate, repaired + 0.1 * (i % 2), broken) for i in range(12) for s, k, rate, repaired, broken in (("salient", 1, 0.1, 0.1, 0.01), ("salient", 20, 0.1, 0.3, 0.04), ("salient", 20, 0.5, 0.6, 0.15), ("all", 99, 0.1, 0.4, 0.05), ("all", 99, 0.5, 0.5, 0.3), ("least", 1, 0.5, 0.0, 0.9))]
+    rows = pa.table({name: list(column) for name, column in zip(("sample_id", "strategy", "k", "rate", "neighbors_corrected", "broken"), zip(*made))})
+    effects = [{"strategy": s, "k": k, "rate": rate, "neighbors_corrected": {"estimate": repaired + 0.05}, "broken": {"estimate": broken}} for i, s, k, rate, repaired, broken in made[:6]]
+    got = {(b["budget"], b["strategy"]): b for b in finetune.bargains(rows, effects)}
+    assert {key: (b["k"], b["rate"]) for key, b in got.items()} == {
+        (0.02, "salient"): (1, 0.1), (0.05, "salient"): (20, 0.1), (0.05, "all"): (99, 0.1), (0.1, "salient"): (20, 0.1), (0.1, "all"): (99, 0.1), (0.2, "salient"): (20, 0.5), (0.2, "all"): (99, 0.1),
+    }  # fmt: skip
+    gap = got[0.05, "all"]["less_salient"]["neighbors_corrected"]
+    assert gap["estimate"] == pytest.approx(0.1) and gap["n"] == 12 and "less_salient" not in got[0.05, "salient"]
+    assert got[0.2, "all"]["less_salient"]["broken"]["estimate"] == pytest.approx(-0.1)
+
+
+def test_a_step_that_may_do_no_better_is_said_to_be_unclear():
+    effect = lambda strategy, k: {"strategy": strategy, "k": k, "rate": 0.5} | {c: {"estimate": 0.5, "low": 0.1, "high": 0.9, "n": 60} for c in ("corrected", "neighbors_corrected", "broken")}  # noqa: E731
+    gap = lambda low, high: {"estimate": (low + high) / 2, "low": low, "high": high, "n": 60}  # noqa: E731
+    paired = [{"strategy": "random_live", "neighbors_corrected": gap(-0.2, -0.1), "broken": gap(-0.1, 0.1)}, {"strategy": "all", "neighbors_corrected": gap(-0.05, 0.1), "broken": gap(0.2, 0.4)}]
+    summary = {"dataset": "val", "within": "v2", "samples": 60, "rates": [0.5], "layers": None, "paired": paired, "effects": [effect(s, k) for s, k in (("salient", 20), ("random_live", 20), ("least", 20), ("all", 99), ("conv", 99))]}
+    text = finetune.found(summary)
+    assert "random, live alone -0.150 (-0.200 to -0.100) and +0.000 (-0.100 to +0.100) (not clearly apart); whole network +0.025 (-0.050 to +0.100) (not clearly apart) and +0.300" in text
+
+
+def test_a_source_without_errors_is_refused_by_its_own_option(copied):
+    """finetune has no --dataset: what it was given with is --from."""
+    for file in (copied.run / "profiles/val").glob("*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.set_column(table.column_names.index("prediction"), "prediction", table["label"]), file)
+    assert tiny.call("index", "--run", copied.run, "--datasets", "val,v2", "--reference", "v2").code == 0
+    assert tiny.call("finetune", "--run", copied.run, "--from", "val", "--in", "v2", "-k", "1").refused().startswith("faultline: --from: val has no misclassified sample")
+    assert tiny.call("prune", "--run", copied.run, "--dataset", "val", "--reference", "v2", "-k", "1").refused().startswith("faultline: --dataset: val has no misclassified sample")
+
+
+def test_no_interval_has_length_zero_and_none_leaves_what_can_be(copied):
+    """Of few samples, of none corrected and of all: shares stay in 0..1, differences and changes in -1..1."""
+    for most, rate in ((1, "1e-6"), (3, "100"), (25, "1e-6")):
+        assert tiny.call("prune", "--run", copied.run, "-k", "1,24", "--max-samples", most, "--fresh").code == 0
+        assert tiny.call("finetune", "--run", copied.run, "--from", "val", "--in", "v2", "-k", "1", "--rates", rate, "--max-samples", most, "--fresh").code == 0
+        pruned, tuned = (summary_of(copied.run, verb) for verb in ("prune", "finetune"))
+        found = [(column, dict(zip(("estimate", "low", "high"), point))) for curve in pruned["curves"].values() for column, c in curve.items() for point in zip(c["mean"], c["low"], c["high"])]
+        found += [("change", interval) for pairs in (pruned["paired"], pruned["paired_wrong"]) for interval in pairs.values()]
+        found += [("change" if "change" in c else c, e[c]) for e in tuned["effects"] for c in ("corrected", "neighbors_corrected", "neighbors_confidence_change", "broken")]
+        found += [("change", e[c]) for e in tuned["paired"] for c in ("neighbors_corrected", "broken")]
+        for column, interval in found:
+            assert (-1 if "change" in column else 0) <= interval["low"] <= interval["estimate"] <= interval["high"] <= 1 and interval["high"] > interval["low"], (column, interval)
+
+
 def test_no_more_filters_can_be_asked_for_than_are_live():
     layout = FilterLayout((("a", 3), ("b", 2)))
     reference = Reference(np.zeros(5), np.array([1, 0, 1, 0, 0.0]), 9, "abs", "test")
@@ -259,7 +328,7 @@ def test_the_sentence_of_a_reversal_says_so():
     shares = {"salient": 0.0, "random": 0.1, "random_live": 0.1, "least": 0.01}
     curves = {name: {column: {"mean": [share], "low": [share], "high": [share]} for column in ("wrong_confidence_change", "true_confidence_change", "corrected")} for name, share in shares.items()}
     gaps = {"salient_minus_random_live": {"estimate": -0.1, "low": -0.2, "high": -0.02, "n": 60}, "random_live_minus_least": {"estimate": 0.09, "low": 0.01, "high": 0.2, "n": 60}}
-    summary = {"curves": curves, "samples": 60, "k": [20], "mode": "map", "layers": None, "paired": gaps}
+    summary = {"curves": curves, "samples": 60, "k": [20], "mode": "map", "layers": None, "paired": gaps, "paired_wrong": gaps}
     assert "the reverse of what the paper found" in sentence(summary, 0)
     gaps["salient_minus_random_live"]["high"] = 0.02
     assert "(not all clearly apart)" in sentence(summary, 0)

@@ -7,6 +7,7 @@ import numpy as np
 import oracles
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 import tiny
 
 from jobs.profile import found
@@ -63,6 +64,9 @@ def test_rows_and_group_means_are_those_of_a_loop(copied, dataset):
         expected = [sorted(means[a:b], reverse=True) for a, b in ((0, 6), (6, 14), (14, 24))]
         for layer, truth in zip(summary["sorted_within_layers"][name], expected):
             assert layer == pytest.approx(truth, abs=2e-5)
+        halves = [scipy.stats.t.ppf(0.975, len(vectors[which]) - 1) * scipy.stats.sem(vectors[which][:, f]) for f in range(24)]
+        for layer, (a, b) in zip(summary["margins_within_layers"][name], ((0, 6), (6, 14), (14, 24))):
+            assert layer == pytest.approx([halves[f] for f in sorted(range(a, b), key=lambda f: -means[f])], rel=0.01), "the interval of a filter stands where its mean does"
     raw = np.array([row["saliency"] for row in profiles]).mean(0)
     assert np.concatenate(summary["sorted_within_layers"]["saliency"]) == pytest.approx(np.concatenate([sorted(raw[a:b], reverse=True) for a, b in ((0, 6), (6, 14), (14, 24))]), rel=1e-6)
     assert ended.json["saliency_difference"] == pytest.approx(ended.json["saliency_misclassified"] - ended.json["saliency_correct"])
@@ -107,7 +111,8 @@ def test_thirds_are_equally_long_at_both_ends(layers):
 
 def test_filters_are_sorted_within_their_layer_alone():
     layout = FilterLayout((("a", 3), ("b", 2)))
-    assert [part.tolist() for part in sorted_within_layers(np.array([1, 3, 2, 9, 10]), layout)] == [[3, 2, 1], [10, 9]]
+    halves = sorted_within_layers(np.array([1, 3, 2, 9, 10]), layout, np.array([0.1, 0.3, 0.2, 0.9, 1.0]))
+    assert [mean.tolist() for mean, _ in halves] == [[3, 2, 1], [10, 9]] and [half.tolist() for _, half in halves] == [[0.3, 0.2, 0.1], [1.0, 0.9]]
 
 
 def group(mean, gap):
