@@ -41,8 +41,8 @@ class Request:
     device: str | None = None
     actors: tuple[int, int] | None = None
     address: str | None = None
-    rehearsed: bool = False  # nothing is done: `carry_out` gives a `Rehearsal` of it
     option: str = "--dataset"  # the one that `dataset` was given with
+    rehearsed: bool = False  # nothing is done: `carry_out` gives a `Rehearsal` of it
 
     def check(self) -> None:
         """Raises BadRequest with every fault of the settings together."""

@@ -1,13 +1,11 @@
 """`faultline mask`: rows held to pictures masked by hand and maps of images decoded by hand; a case study; boxes; what is refused."""
 
 import io
-import json
 import tarfile
 
 import intervention_oracles as naive
 import numpy as np
 import oracles
-import pyarrow.parquet as pq
 import pytest
 import shards
 import test_boxes
