@@ -87,7 +87,8 @@ def _bars(page: Page, x: float, y: float, wide: float, width: float, height: flo
 
 def _hosts(page: Page, transplant: dict, shown: list[np.ndarray], y: float, width: float, wrong: str) -> None:
     """The salient region in other images of the class, before -> after."""
-    said = f"Pasted into {transplant['hosts']} other images of its class: {wrong} rises in {transplant['rises']} of them, by {transplant['change']:+.3f} on average"
+    many = transplant["hosts"] != 1
+    said = f"Pasted into {transplant['hosts']} other image{'s' * many} of its class: {wrong} rises in {transplant['rises']} of them, by {transplant['change']:+.3f} on average"
     y = page.text(MARGIN, y, page.shorten(said, width - 2 * MARGIN, LARGE, "bold"), LARGE, weight="bold") + 0.08
     tall = max(t.shape[0] for t in shown) / DPI
     for at, (tile, host) in enumerate(zip(shown, transplant["each"])):
