@@ -5,18 +5,26 @@ from __future__ import annotations
 NETWORKS = {"resnet56": "ResNet-56", "squeezenet1_1": "SqueezeNet 1.1"}
 MASKED = {"corrected": "share corrected", "wrong_confidence_change": "wrong class's confidence", "true_confidence_change": "true class's confidence"}
 STRATEGIES = {"salient": "most salient", "moved": "the same shape elsewhere", "random": "random", "least": "least salient"}
-SHARE = 0.05  # of the pixels
+SHARES = (0.01, 0.05)  # of the pixels
+PASTED = {"rises": "images in which it rises", "change": "mean change"}
 SIMILAR = {"profile_cosine": "ŝ, cosine", "profile_cosine_lively": "ŝ, cosine, without filters hardly alive", "profile_rank": "s̄, rank within layers", "map_rank": "heat map, rank"}
 
 
 def masked(kept, table, cell) -> str:
-    """What becomes of errors when 5% of the pixels are masked: a row a network and strategy."""
+    """What becomes of errors when 1% or 5% of the pixels are masked: a row a network, share and strategy."""
     found = []
     for name, network in NETWORKS.items():
         summary = kept(f"{name}-mask")
-        at = summary["shares"].index(SHARE)
-        found += [[f"{network}, {words}", *(cell(_point(summary["curves"][strategy][column], at)) for column in MASKED)] for strategy, words in STRATEGIES.items()]
+        for at in map(summary["shares"].index, SHARES):
+            found += [[f"{network}, {summary['shares'][at]:.0%} {words}", *(cell(_point(summary["curves"][strategy][column], at)) for column in MASKED)] for strategy, words in STRATEGIES.items()]
     return table(["pixels masked", *MASKED.values()], found)
+
+
+def pasted(kept, table, cell) -> str:
+    """What salient and random pixels do to the wrong class's confidence in other images of the class."""
+    summary = kept("resnet56-mask")["transplant"]
+    rows = [[f"{words} ({summary['pairs']:,} images)", *(cell(summary[f"{measure}{end}"]) for measure in PASTED)] for words, end in (("5% most salient", ""), ("5% random", "_random"), ("difference, same samples", "_minus_random"))]
+    return table(["ResNet-56, pasted", *PASTED.values()], rows)
 
 
 def sanity(kept, table, cell) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import explanation_tables
@@ -287,15 +288,8 @@ def speed() -> str:
     return table(["", "a minute", "naive copy, float32, a minute", "ratio to it: clock, processor time", "ratio to a float64 copy"], rows)
 
 
-def masked() -> str:
-    return explanation_tables.masked(kept, table, cell)
-
-
-def sanity() -> str:
-    return explanation_tables.sanity(kept, table, cell)
-
-
-TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pruned_features, pairs, ends, tuned, tuned_squeezenet, frontier, bargains, masked, sanity, speed)}
+TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pruned_features, pairs, ends, tuned, tuned_squeezenet, frontier, bargains, speed)}
+TABLES |= {f.__name__: partial(f, kept, table, cell) for f in (explanation_tables.masked, explanation_tables.pasted, explanation_tables.sanity)}
 
 
 # ---- what the scripts say beside it --------------------------------------------------------------------------------
