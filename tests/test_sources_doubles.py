@@ -68,10 +68,10 @@ def write(folder, case):
 @pytest.mark.parametrize(
     "case, message",
     [
-        ("in a shard", r"the ID 'x' stands twice, in a.tar \(x.jpg\) and in a.tar \(x.jpg\): remove or rename one of them"),
+        ("in a shard", r"the ID 'x' stands twice, in a.tar \(x.jpg\), sample 1 and in a.tar \(x.jpg\), sample 3: remove or rename one of them"),
         ("in a row", r"the ID 'x' stands twice, in a.tar \(x.jpg\) and in a.tar \(x.jpg again, at byte 4096\): remove or rename one of them"),
         ("across shards", r"the ID 'x' stands twice, in a.tar \(x.jpg\) and in b.tar \(x.jpg\): remove or rename"),
-        ("tar.gz", r"the ID 'x' stands twice, in a.tar.gz \(x.jpg\) and in a.tar.gz"),
+        ("tar.gz", r"the ID 'x' stands twice, in a.tar.gz \(x.jpg\), sample 1 and in a.tar.gz \(x.jpg\), sample 3"),
         ("not sorted", r"the ID 'x' stands twice, in a.tar \(x.cls\) and in a.tar \(x.jpg\): the members of a sample must follow each other \(tar --sort=name\)"),
         ("class folders", "the ID 'ILSVRC2012_val_00000007' stands twice, in n00000001/ILSVRC2012_val_00000007.JPEG and in n00000002/ILSVRC2012_val_00000007.JPEG: remove"),
         ("one stem", r"the ID 'cat/x' stands twice, in cat/x.1.jpg and in cat/x.2.jpg: rename one of them \(an ID ends at the first dot of a file name\)"),

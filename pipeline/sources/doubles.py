@@ -6,6 +6,7 @@ Of every ID 8 bytes are kept. Where two of those are equal, the shards that hold
 from __future__ import annotations
 
 from array import array
+from itertools import count
 
 import numpy as np
 
@@ -32,17 +33,24 @@ class Ids:
         """Raises BadRequest naming an ID that stands twice, and both places, the earlier shard first."""
         every = np.sort(np.concatenate([np.frombuffer(h, np.int64) for h in self.hashes.values() if h] or [np.zeros(0, np.int64)]))
         suspects = set(every[1:][every[1:] == every[:-1]].tolist())
-        found: dict[str, str] = {}
+        found: dict[str, tuple[str, int]] = {}  # place, and which sample of its shard
         for name in sorted(self.hashes) if suspects else ():
             if suspects.isdisjoint(self.hashes[name]):
                 continue
             doubles: list[tuple[str, str, str]] = []
+            positions = count(1)
 
-            def note(sample_id: str, place: str, name: str = name, doubles: list = doubles) -> None:
-                if hash(sample_id) in suspects:
-                    place = place if name == "." else f"{name} ({place})"
-                    if (other := found.setdefault(sample_id, place)) is not place:
-                        doubles.append((sample_id, other, place))
+            def note(sample_id: str, place: str, name: str = name, doubles: list = doubles, positions: count = positions) -> None:
+                position = next(positions)
+                if hash(sample_id) not in suspects:
+                    return
+                place = place if name == "." else f"{name} ({place})"
+                if sample_id not in found:
+                    found[sample_id] = place, position
+                    return
+                one, first = found[sample_id]
+                same = one == place  # a member of that name twice in one archive
+                doubles.append((sample_id, f"{one}, sample {first}" if same else one, f"{place}, sample {position}" if same else place))
 
             self.source.census(name, note)
             if doubles:
@@ -50,7 +58,7 @@ class Ids:
                 raise BadRequest(f"--source: the ID '{printable(sample_id)}' stands twice, in {printable(one)} and in {printable(other)}: {self._remedy(one, other)}")
 
     def _remedy(self, one: str, other: str) -> str:
-        if key_of(one)[0] != key_of(other)[0] or other.startswith(one.removesuffix(")")):
+        if key_of(one)[0] != key_of(other)[0] or other.startswith(one.partition(")")[0]):
             return "remove or rename one of them, or extract them as data sets of their own"
         if self.source.kind == "webdataset":
             return "the members of a sample must follow each other (tar --sort=name), and no two samples be called the same"
