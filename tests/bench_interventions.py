@@ -94,12 +94,12 @@ def plain(network, images: torch.Tensor, count: int) -> None:
 def compared(fast, pieces: int, naive, naive_pieces: int, network, images: torch.Tensor, of_each: int, rounds: int) -> dict:
     """Pieces a minute, and how many times faster one way is, medians over rounds. naive: called with a network in float32 or float64; of_each: images that a piece is asked about."""
     double = copy.deepcopy(network).double()
-    ways = {"fast": (fast, pieces), "float32_copy": (lambda: naive(network), naive_pieces), "float64_copy": (lambda: naive(double), naive_pieces), "plain_forward": (lambda: plain(network, images, pieces * of_each), pieces)}
+    ways = {"fast": (fast, pieces), "float32": (lambda: naive(network), naive_pieces), "float64": (lambda: naive(double), naive_pieces), "plain": (lambda: plain(network, images, pieces * of_each), pieces)}
     fast()
     seen = [{name: [seconds / count for seconds in timed(work)] for name, (work, count) in ways.items()} for _ in range(rounds)]
     answer = {"per_minute": {name: round(statistics.median(60 / s[name][0] for s in seen)) for name in ways}}
-    for name in list(ways)[1:]:
-        answer[f"ratio_to_{name}"] = {clock: round(statistics.median(s[name][i] / s["fast"][i] for s in seen), 2) for i, clock in enumerate(("wall", "cpu"))}
+    for name, shown in (("float32", "float32_copy"), ("float64", "float64_copy"), ("plain", "plain_forward")):
+        answer[f"ratio_to_{shown}"] = {clock: round(statistics.median(s[name][i] / s["fast"][i] for s in seen), 2) for i, clock in enumerate(("wall", "cpu"))}
     return answer
 
 
