@@ -126,15 +126,16 @@ def share_mean(values: np.ndarray, level: float = LEVEL) -> Interval:
 
 
 def paired_shares(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> Interval:
-    """Of mean(a - b), shares [N] or all or nothing (0 and 1) of the same N samples: Student's of the differences, as if two more samples had been seen, one that
-    differs by 1 and one by -1 (what Bonett and Price, 2012, do for pairs of 0 and 1). Stays within -1..1, and has a length even where no sample differs.
+    """Of mean(a - b), shares [N] or all or nothing (0 and 1) of the same N samples: Student's of the differences, as if some more had been seen that differ by 1 and
+    as many by -1. Of all or nothing that is a whole sample each, as Bonett and Price (2012) do it; of shares, which rarely differ by so much, `UNSEEN` of one.
 
-    Raises ValueError for no sample.
+    Stays within -1..1, and has a length even where no sample differs. Raises ValueError for no sample.
     """
     differences = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     if not len(differences):
         raise ValueError("an interval needs at least one sample")
-    return _only((differences[:, None].mean(0), *_with_ends(differences[:, None], CHANGE, level)), len(differences))
+    more = 1.0 if np.isin(differences, (-1, 0, 1)).all() else UNSEEN
+    return _only((differences[:, None].mean(0), *_with_ends(differences[:, None], CHANGE, level, more)), len(differences))
 
 
 def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
@@ -158,14 +159,15 @@ def _score(share: np.ndarray, trials: np.ndarray, quantile: float) -> tuple[np.n
     return np.minimum(share, np.maximum(0.0, middle - half)), np.maximum(share, np.minimum(1.0, middle + half))
 
 
-def _with_ends(values: np.ndarray, ends: tuple[float, float], level: float) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) of Student's interval [M] of the mean of values [N, M], N >= 1, as if one more sample had been seen at either end of what they can be; within the ends."""
+def _with_ends(values: np.ndarray, ends: tuple[float, float], level: float, more: float = UNSEEN) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) of Student's interval [M] of the mean of values [N, M], N >= 1, as if so much `more` of a sample had been seen at either end of what they can be; within the ends."""
     n = len(values)
     if n == 1:
         return tuple(np.full(values.shape[1], float(end)) for end in ends)
-    more = np.concatenate([values, np.broadcast_to(np.array(ends)[:, None], (2, values.shape[1]))])
-    half = margin(more.std(0, ddof=1), n, level) * np.sqrt(n / (n + 2))
-    return np.clip(more.mean(0) - half, *ends), np.clip(more.mean(0) + half, *ends)
+    about = (values.sum(0) + more * sum(ends)) / (n + 2 * more)
+    spread = np.square(values - about).sum(0) + more * sum(np.square(end - about) for end in ends)
+    half = margin(np.sqrt(spread / (n + 2 * more - 1)), n, level) * np.sqrt(n / (n + 2 * more))
+    return np.clip(about - half, *ends), np.clip(about + half, *ends)
 
 
 def _only(bounds: tuple[np.ndarray, np.ndarray, np.ndarray], n: int) -> Interval:

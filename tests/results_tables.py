@@ -7,75 +7,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
 
 import explanation_tables
+from results_data import ROOT, keep, kept, most
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/results.md"
-DATA = ROOT / "docs/data/results"
-IMAGES = ROOT / "docs/images/results"
-LEFT_OUT = ("examples", "result")  # of summary.json: lists of images, and what stands there twice
-SHOWN = {
-    "resnet56-profile": ("saliency", "standardised", "depth"), "squeezenet1_1-profile": ("depth",), "resnet56-prune": ("corrected", "wrong_confidence"), "resnet56-prune-weights-and-bias": (),
-    "squeezenet1_1-prune": ("corrected", "wrong_confidence"), "squeezenet1_1-prune-features": ("corrected",), "resnet56-neighbors": ("agreement", "errors", "neighbours", "colours", "ends"), "resnet56-v2-neighbors": (), "squeezenet1_1-neighbors": (),
-    "resnet56-v2-finetune": (), "resnet56-v2-frontier": ("neighbours", "broken", "frontier"), "resnet56-v2-frontier-small": ("frontier",), "squeezenet1_1-halves-finetune": (),
-    "resnet56-sanity": ("profile", "map"), "squeezenet1_1-sanity": ("map",),
-    "resnet56-mask": ("corrected",), "squeezenet1_1-mask": (),
-}  # fmt: skip
 STRATEGIES = {"salient": "most salient", "random": "random", "random_live": "random, live alone", "least": "least salient, live alone", "all": "whole network", "conv": "all conv weights"}
-
-
-def keep(run: Path, verb: str, name: str) -> None:
-    """The numbers of an experiment, to six digits, and its pictures that the page shows."""
-    folder = run / "experiments" / verb
-    summary = {key: value for key, value in json.loads((folder / "summary.json").read_text(encoding="utf-8")).items() if key not in LEFT_OUT}
-    DATA.mkdir(parents=True, exist_ok=True)
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(_short(value))}" for key, value in summary.items())
-    (DATA / f"{name}.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-    for figure in SHOWN[name]:
-        (IMAGES / f"{name}-{figure}.png").write_bytes((folder / f"{figure}.png").read_bytes())
-
-
-def most(run: Path, dataset: str, name: str, count: int = 20) -> None:
-    """Of the `count` filters with the largest ŝ of each sample, the share that lies in each third of the layers, beside the third's share of the live filters."""
-    import numpy as np
-    import pyarrow.dataset
-
-    profiles = pyarrow.dataset.dataset(run / "profiles" / dataset, format="parquet").to_table(columns=["label", "prediction", "saliency"])
-    vectors = profiles["saliency"].combine_chunks().flatten().to_numpy().reshape(profiles.num_rows, -1).astype(np.float64)
-    wrong = profiles["label"].to_numpy() != profiles["prediction"].to_numpy()
-    manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    layers = [layer["filters"] for layer in manifest["layers"]]
-    third, depth = max(1, len(layers) // 3), np.repeat(np.arange(len(layers)), layers)
-    part = np.where(depth < third, 0, np.where(depth < len(layers) - third, 1, 2))
-    std = vectors.std(0, ddof=1)
-    live = std > 1e-12
-    salient = np.argsort(-np.where(live, (vectors - vectors.mean(0)) / np.where(live, std, 1), -np.inf), axis=1)[:, :count]
-    shares = {group: np.bincount(part[salient[which]].reshape(-1), minlength=3) / (which.sum() * count) for group, which in (("misclassified", wrong), ("correct", ~wrong))}
-    shares["filters"] = np.bincount(part[live], minlength=3) / live.sum()
-    found = {"count": count} | {key: dict(zip(("early", "middle", "deep"), _short(values.tolist()))) for key, values in shares.items()}
-    if layers[-1] == len(manifest["class_names"]):  # the last convolution makes the logits
-        true, predicted = (sum(layers[:-1]) + profiles[column].to_numpy()[wrong] for column in ("label", "prediction"))
-        found["true_class_first"] = _short(float((salient[wrong, 0] == true).mean()))
-        found["predicted_class_among"] = _short(float((salient[wrong] == predicted[:, None]).any(1).mean()))
-    (DATA / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _short(value):
-    if isinstance(value, dict):
-        return {key: _short(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_short(inner) for inner in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def kept(name: str) -> dict:
-    return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
 
 
 # ---- cells ---------------------------------------------------------------------------------------------------------
@@ -168,6 +108,16 @@ def pruned_features() -> str:
     return _pruned("squeezenet1_1-prune-features")
 
 
+PRUNED = {"resnet56-prune": "ResNet-56", "resnet56-prune-weights-and-bias": "ResNet-56, the paper's way", "squeezenet1_1-prune": "SqueezeNet 1.1", "squeezenet1_1-prune-features": "SqueezeNet 1.1 without the last layer"}
+
+
+def pruned_paired() -> str:
+    """Differences between strategies on the same samples, at 20 filters."""
+    gaps = {"salient_minus_random_live": "most salient less random", "random_live_minus_least": "random less least salient"}
+    rows = [[shown, *(cell(kept(name)[of][gap], 3, "+") for of in ("paired", "paired_wrong") for gap in gaps)] for name, shown in PRUNED.items()]
+    return table(["20 filters off, differences on the same errors", *(f"{what}: {text}" for what in ("corrected", "wrong class") for text in gaps.values())], rows)
+
+
 def _pruned(name: str) -> str:
     summary = kept(name)
     strategies = ("salient", "random_live", "least")
@@ -236,6 +186,27 @@ def tuned() -> str:
     return table(["20 filters, rate 0.5", *(text for column in EFFECTS for text in (EFFECTS[column], "script"))], rows)
 
 
+def tuned_paired() -> str:
+    """Differences from the most salient filters' step on the same errors."""
+    rows = []
+    for name, network in (("resnet56-v2-finetune", "ResNet-56"), ("squeezenet1_1-halves-finetune", "SqueezeNet 1.1")):
+        for gap in kept(name)["paired"]:
+            rows.append([f"{network}: {STRATEGIES[gap['strategy']]}", *(cell(gap[column], 3, "+") for column in ("neighbors_corrected", "broken"))])
+    return table(["less the most salient 20, on the same errors", EFFECTS["neighbors_corrected"], EFFECTS["broken"]], rows)
+
+
+def tuned_beside() -> str:
+    """How far figure 6's shares are from the script's, and how far chance would take them 95 times of 100."""
+    rows = []
+    for strategy in TUNED:
+        row = [STRATEGIES[strategy]]
+        for column in EFFECTS:
+            own, value, uncertain = comparisons()[f"step, {strategy}, {column.replace('_', ' ')}"]
+            row += [f"{own['estimate'] - value:+.3f}", f"{allowed(own, uncertain):.3f}"]
+        rows.append(row)
+    return table(["ours less the script's", *(text for column in EFFECTS for text in (EFFECTS[column], "by chance up to"))], rows)
+
+
 def tuned_squeezenet() -> str:
     summary = kept("squeezenet1_1-halves-finetune")
     rows = [[f"{STRATEGIES[e['strategy']]}" + (f", {e['k']}" if e["strategy"] in TUNED[:3] else ""), *(cell(e[column]) for column in EFFECTS)] for e in summary["effects"]]
@@ -279,20 +250,26 @@ def bargains() -> str:
 
 
 def speed() -> str:
-    measured = kept("bench")
+    measured, floor = kept("bench"), kept("bench-floor")
     rows = []
     for verb, unit in (("pruning", "prunings"), ("finetuning", "updates")):
         for setting, found in measured[verb].items():
             ratios = [f"{found[f'ratio_to_{kind}_copy']['wall']:.1f}, {found[f'ratio_to_{kind}_copy']['cpu']:.1f}" for kind in ("float32", "float64")]
-            rows.append([f"{verb}: {setting}", f"{found['per_minute']['fast']:,} {unit}", f"{found['per_minute']['float32']:,}", *ratios])
-    return table(["", "a minute", "naive copy, float32, a minute", "ratio to it: clock, processor time", "ratio to a float64 copy"], rows)
+            beside = floor[verb][setting]
+            rows.append([f"{verb}: {setting}", f"{found['per_minute']['fast']:,} {unit}", f"{found['per_minute']['float32']:,}", *ratios, f"{beside['fast']:.2f}", f"{beside['naive']:.1f}"])
+    return table(["", "a minute", "naive copy, float32, a minute", "ratio to it: clock, processor time", "ratio to a float64 copy", "its time in plain forwards", "naive copy's time in plain forwards"], rows)
 
 
-TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pruned_features, pairs, ends, tuned, tuned_squeezenet, frontier, bargains, speed)}
+TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pruned_features, pruned_paired, pairs, ends, tuned, tuned_beside, tuned_paired, tuned_squeezenet, frontier, bargains, speed)}
 TABLES |= {f.__name__: partial(f, kept, table, cell) for f in (explanation_tables.masked, explanation_tables.pasted, explanation_tables.sanity)}
 
 
 # ---- what the scripts say beside it --------------------------------------------------------------------------------
+
+
+def allowed(own: dict, uncertain: float) -> float:
+    """By how much two independent figures may differ by chance, at 95%: our interval's half length and the script's together."""
+    return (max(own["high"] - own["estimate"], own["estimate"] - own["low"]) ** 2 + uncertain**2) ** 0.5
 
 
 def comparisons() -> dict[str, tuple[dict, float, float]]:

@@ -185,6 +185,20 @@ def test_an_interval_of_a_paired_difference_covers_it(n, up, down):
     assert covered(interval, up - down) >= 0.92
 
 
+@pytest.mark.parametrize("n", [8, 15, 60, 200])
+@pytest.mark.parametrize("a, b", [((10, 0.05, 0.4), (10, 0.0001, 0.2)), ((10, 0.5, 0.3), (10, 0.25, 0.3)), ((40, 0.02, 0.2), (40, 0.001, 0.2)), ((10, 0.97, 0.3), (10, 0.3, 0.3))], ids=str)
+def test_an_interval_of_a_paired_difference_of_shares_covers_it(n, a, b):
+    assert covered(lambda r: paired_shares(shares_of(r, n, *a), shares_of(r, n, *b)), a[1] - b[1]) >= 0.93
+
+
+def test_rare_shares_are_told_apart_where_they_are_apart():
+    """60 samples with 600 neighbours: 29 of them against 3 is no matter of chance."""
+    order = np.random.default_rng(0).permutation(60)
+    a, b = np.where(order < 29, 0.1, 0.0), np.where(np.arange(60) < 3, 0.1, 0.0)
+    interval = paired_shares(a, b)
+    assert 0 < interval.low < interval.estimate == pytest.approx(26 / 600)
+
+
 @pytest.mark.parametrize("n", [1, 2, 9, 30, 354])
 @pytest.mark.parametrize("a, b", [(0, 0), (1, 1), (1, 0), (0, 1), (0.3, 0.3)])
 def test_a_paired_difference_has_a_length_and_stays_inside(n, a, b):

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import results_data
 import results_tables
 
 EXPECTED_TO_DIFFER = {"errors among all"}  # and the page says so
@@ -35,13 +36,12 @@ def test_what_differs_from_the_scripts_is_known():
     differs = set()
     for name, (ours, theirs, uncertain) in results_tables.comparisons().items():
         drawn = "random" in name or "step" in name
-        half = max(ours["high"] - ours["estimate"], ours["estimate"] - ours["low"]) if drawn else 0
-        if abs(ours["estimate"] - theirs) > (half**2 + uncertain**2) ** 0.5:
+        if abs(ours["estimate"] - theirs) > (results_tables.allowed(ours, uncertain) if drawn else uncertain):
             differs.add(name)
     assert differs == EXPECTED_TO_DIFFER
 
 
 def test_every_picture_that_is_shown_was_kept():
     shown = set(re.findall(r"images/results/([\w.-]+)\.png", results_tables.PAGE.read_text(encoding="utf-8")))
-    kept = {path.stem for path in results_tables.IMAGES.glob("*.png")}
-    assert shown == kept == shown & {f"{name}-{figure}" for name, figures in results_tables.SHOWN.items() for figure in figures}
+    kept = {path.stem for path in results_data.IMAGES.glob("*.png")}
+    assert shown == kept == shown & {f"{name}-{figure}" for name, figures in results_data.SHOWN.items() for figure in figures}
