@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-import results_tables
+import results_data
 
 from jobs.claims import CLAIMS, NOT, REPRODUCED, UNTESTABLE, Finding, tally
 from pipeline.intervals import FEW
@@ -198,7 +198,7 @@ def test_what_the_paper_does_not_claim_is_not_counted():
 
 
 def kept(name: str, **facts: float) -> dict:
-    return json.loads((results_tables.DATA / f"{name}.json").read_text(encoding="utf-8")) | {"facts": facts}
+    return json.loads((results_data.DATA / f"{name}.json").read_text(encoding="utf-8")) | {"facts": facts}
 
 
 def test_verdicts_agree_with_the_page_of_results():
