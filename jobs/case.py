@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from index.run import Run
+from jobs import cluster
 from jobs.experiment import Request, refuse_changed_source, standards
+from jobs.figures import check_gallery
+from jobs.neighbors import refuse_inside
 from jobs.progress import say
 from pipeline.errors import BadRequest, printable
-from pipeline.experiment import Gatherer, Named, network_of, units_of, unpack
+from pipeline.experiment import Gatherer, Named, network_of, results_folder, units_of, unpack
 from pipeline.filters import FilterLayout
 from pipeline.samples import Preprocessing, Sample, decode
 from pipeline.sources import RawSample
 from pipeline.statistics import Reference, import_published
+from pipeline.units import shard_stem
 
 if TYPE_CHECKING:
     import torch
@@ -71,13 +75,26 @@ class Target:
             raise BadRequest(f"--label: {printable(self.target)} is a file: say its true class, as a number")
 
 
-def case_of(target: Target, run: Run | None, device: str) -> Case:
-    """What a target names. run: the opened one of the target, or None. Raises BadRequest."""
-    if run is None:
-        return case_without_run(Path(target.target), target.label, target.model, target.weights, target.preprocess, target.statistics, target.aggregation, device)
+def opened(target: Target, out: Path | None) -> tuple[Run | None, Case, str]:
+    """(the run, or None; the image and its network; the device) of a target whose picture goes to `out`, or where `picture_of` says. Raises BadRequest."""
+    target.check()
+    if out:
+        check_gallery(out, "--out")
+    device = cluster.device_for(target.device, None)
+    if not target.run:
+        return None, case_without_run(Path(target.target), target.label, target.model, target.weights, target.preprocess, target.statistics, target.aggregation, device), device
+    run = Run.open(target.run)
+    if out:
+        refuse_inside(run, out, "--out")
     if target.label is None:
-        return case_of_sample(run, target.target, target.reference, device)
-    return case_in_run(run, Path(target.target), target.label, target.reference, device)
+        return run, case_of_sample(run, target.target, target.reference, device), device
+    return run, case_in_run(run, Path(target.target), target.label, target.reference, device), device
+
+
+def picture_of(case: Case, run: Run | None, verb: str, ending: str) -> Path:
+    """Where the picture of a case lies by default: among the verb's results in the run for one of its samples, beside the user for a file."""
+    folder = results_folder(run.store.run, verb) if run and case.dataset else Path.cwd()
+    return folder / f"{shard_stem(':'.join(filter(None, (case.dataset, case.sample.sample_id))))}.{ending}.png"
 
 
 def case_of_sample(run: Run, sample: str, reference: str | None, device: str) -> Case:

@@ -10,18 +10,15 @@ import numpy as np
 from PIL import Image
 
 from index.run import Run
-from jobs.case import Case, Target, case_of
+from jobs.case import Case, Target, opened, picture_of
 from jobs.explain import Wanted, compute
-from jobs.figures import check_gallery
 from jobs.mask import check_settings, classifier
-from jobs.neighbors import refuse_inside
 from jobs.progress import say
 from pipeline.errors import BadRequest, printable
-from pipeline.experiment import Named, gathered, results_folder
+from pipeline.experiment import Named, gathered
 from pipeline.interventions.masking import Classify, filling, mask, paste
 from pipeline.samples import Sample
 from pipeline.store import Store
-from pipeline.units import shard_stem
 
 STEPS = {"salient": "the {p} most salient pixels", "next": "the next {p}", "random": "{p} at random", "least": "the {p} least salient"}
 OTHERS = 40  # images that the region is pasted into, as in the paper
@@ -31,18 +28,11 @@ LARGEST = 2**26  # pixels of a PNG
 def study(target: Target, wanted: Wanted, dataset: str | None, share: float, fill: str, region: str | None, hosts: int, out: Path | None) -> dict:
     """Compute and draw; the numbers, with `figure`. dataset: of a run, whose images a region is pasted into where the target is a file; share: of the pixels.
     Raises BadRequest before anything is written."""
-    from jobs import case_sheet, cluster
+    from jobs import case_sheet
 
     wanted.check()
-    target.check()
     check_settings(fill, wanted.k, wanted.boost, hosts)
-    if out:
-        check_gallery(out, "--out")
-    device = cluster.device_for(target.device, None)
-    run = Run.open(target.run) if target.run else None
-    if run and out:
-        refuse_inside(run, out, "--out")
-    case = case_of(target, run, device)
+    run, case, device = opened(target, out)
     shape = case.sample.pixels.shape[:2]
     own = region_of(region, shape) if region else None
     explained = compute(case, wanted, device)
@@ -55,8 +45,7 @@ def study(target: Target, wanted: Wanted, dataset: str | None, share: float, fil
     found["transplant"] = pasted(case, classify, masks["salient"], others, found["wrong"])
     if hosts and not others:
         say("nothing to paste into: " + ("an image of a run is needed" if run is None else f"no other image of class {printable(case.name(case.sample.label) or case.sample.label)} that the network is right about, and of this size"))
-    folder = Path.cwd() if run is None or not case.dataset else results_folder(run.store.run, "mask")
-    path = out or folder / f"{shard_stem(':'.join(filter(None, (case.dataset, case.sample.sample_id))))}.masked.png"
+    path = out or picture_of(case, run, "mask", "masked")
     drawn = [case.sample.pixels, *(paste(m, filling(case.sample.pixels, fill, wanted.seed, case.sample.sample_id), case.sample.pixels) for m in masks.values())]
     case_sheet.draw(path, found, drawn, [paste(masks["salient"], case.sample.pixels, other.pixels) for other in others])
     say(f"figure: {printable(path)}")

@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from index.run import Run
-from jobs.case import Case, Target, case_of
-from jobs.figures import check_gallery
-from jobs.neighbors import refuse_inside
+from jobs.case import Case, Target, opened, picture_of
 from jobs.progress import say
 from pipeline.errors import BadRequest, closest, printable
-from pipeline.experiment import results_folder
+from pipeline.experiment import images_of, network_of
 from pipeline.filters import FilterLayout
+from pipeline.samples import Sample
 from pipeline.statistics import Reference
-from pipeline.units import shard_stem
+from pipeline.store import Store
 
 NEIGHBOURS = 5  # that are drawn
 
@@ -54,20 +53,13 @@ class Wanted:
 
 def explain(target: Target, wanted: Wanted, out: Path | None) -> dict:
     """Compute and draw; the numbers, with `figure` and `neighbours`. Raises BadRequest before anything is written."""
-    from jobs import cluster, heatmaps
+    from jobs import heatmaps
 
     wanted.check()
-    target.check()
-    if out:
-        check_gallery(out, "--out")
-    device = cluster.device_for(target.device, None)
-    run = Run.open(target.run) if target.run else None
-    if run and out:
-        refuse_inside(run, out, "--out")
-    case = case_of(target, run, device)
+    run, case, device = opened(target, out)
     found = compute(case, wanted, device)
     neighbours = neighbours_of(run, case, found, target.name) if run else None
-    path = out or (Path.cwd() if run is None or not case.dataset else results_folder(run.store.run, "explain")) / f"{shard_stem(':'.join(filter(None, (case.dataset, case.sample.sample_id))))}.explained.png"
+    path = out or picture_of(case, run, "explain", "explained")
     profile = [(layer, found["standardised"][span]) for layer, span in case.layout.slices.items()]
     true, predicted = (found[f"{key}_name"] or found[key] for key in ("label", "prediction"))
     title = f"Why {true} was taken for {predicted}" if found["label"] != found["prediction"] else f"{true}, rightly predicted"
@@ -75,6 +67,18 @@ def explain(target: Target, wanted: Wanted, out: Path | None) -> dict:
     say(f"figure: {printable(path)}")
     shown = [{key: value for key, value in row.items() if key != "thumbnail"} for row in neighbours or []]
     return {key: value for key, value in found.items() if key not in ("heat", "map", "standardised")} | {"neighbours": shown, "figure": str(path)}
+
+
+def check_explainable(store: Store, reference: str, samples: list[Sample]) -> None:
+    """Raises BadRequest if which pixels matter cannot be asked of a run's network, with the first of some samples."""
+    import torch
+
+    from pipeline.explanation.input_saliency import InputSaliency
+
+    manifest, network = network_of(store.run, "cpu")
+    standard = Reference.read(store.run / "statistics" / f"{reference}.parquet", manifest.layers)
+    for sample in samples[:1]:
+        InputSaliency(network, standard, manifest.aggregation)(images_of([sample], manifest.preprocessing, "cpu"), torch.tensor([sample.label]), [np.flatnonzero(standard.live)[:1]])
 
 
 def compute(case: Case, wanted: Wanted, device: str) -> dict:

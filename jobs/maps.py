@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from jobs.experiment import Request, carry_out, standards
-from jobs.explain import Wanted
+from jobs.explain import Wanted, check_explainable
 from jobs.prune import filters_of
 from pipeline.errors import BadRequest
 from pipeline.experiment import Choice, Rows, batches, images_of, network_of, read_results
@@ -109,14 +108,7 @@ class Maps:
 
     def check(self, store: Store, samples: list[Sample]) -> None:
         """Raises BadRequest if which pixels matter cannot be asked of the network."""
-        import torch
-
-        from pipeline.explanation.input_saliency import InputSaliency
-
-        manifest, network = network_of(store.run, "cpu")
-        standard = Reference.read(store.run / "statistics" / f"{self.experiment.reference}.parquet", manifest.layers)
-        for sample in islice(samples, 1):
-            InputSaliency(network, standard, manifest.aggregation)(images_of([sample], manifest.preprocessing, "cpu"), torch.tensor([sample.label]), [np.flatnonzero(standard.live)[:1]])
+        check_explainable(store, self.experiment.reference, samples)
 
     def cost(self, samples: int) -> str:
         copies = self.experiment.wanted.copies

@@ -5,7 +5,6 @@ into images of its class that the network is right about, beside as many others;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 
 from jobs import charts
 from jobs.experiment import Request, carry_out, standards
+from jobs.explain import check_explainable
 from jobs.prune import filters_of
 from pipeline import boxes
 from pipeline.errors import BadRequest, printable
@@ -160,14 +160,7 @@ class Mask:
 
     def check(self, store: Store, samples: list[Sample]) -> None:
         """Raises BadRequest if which pixels matter cannot be asked of the network."""
-        import torch
-
-        from pipeline.explanation.input_saliency import InputSaliency
-
-        manifest, network = network_of(store.run, "cpu")
-        standard = Reference.read(store.run / "statistics" / f"{self.experiment.reference}.parquet", manifest.layers)
-        for sample in islice(samples, 1):
-            InputSaliency(network, standard, manifest.aggregation)(images_of([sample], manifest.preprocessing, "cpu"), torch.tensor([sample.label]), [np.flatnonzero(standard.live)[:1]])
+        check_explainable(store, self.experiment.reference, samples)
 
     def cost(self, samples: int) -> str:
         return f"{samples:,} misclassified samples x (a map, as {MAP} forwards of the image, and {self.experiment.forwards} masked or pasted images)"
