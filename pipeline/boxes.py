@@ -88,7 +88,7 @@ def outside(annotation: Annotation, label: int, classes: int, preprocessing: Pre
     if preprocessing.crop is None:
         height, width = shape
     else:  # the middle of it, black beside it where it is smaller
-        left, top = round((width - preprocessing.crop) / 2), round((height - preprocessing.crop) / 2)
+        left, top = (round((side - preprocessing.crop) / 2) if side >= preprocessing.crop else -((preprocessing.crop - side) // 2) for side in (width, height))
     free = np.ones(shape, bool)
     for x1, y1, x2, y2 in own:
         columns = [x * width / annotation.width - left for x in (x1, x2)]
