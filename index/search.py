@@ -68,7 +68,7 @@ class Index:
         if dataset is None:
             return 0, self.rows.num_rows
         if dataset not in self.datasets:
-            raise BadRequest(f"--in: the index {self.folder.name} does not hold '{printable(dataset)}'; it holds {', '.join(map(printable, self.datasets))}")
+            raise BadRequest(f"--in: the index {self.folder.name} does not hold '{printable(dataset)}'; it holds {', '.join(map(printable, self.datasets))} (faultline index --datasets makes one that holds more)")
         counts = [self.about["rows_by_dataset"][d] for d in self.datasets]
         at = self.datasets.index(dataset)
         return sum(counts[:at]), sum(counts[: at + 1])

@@ -19,7 +19,7 @@ from jobs.prune import filters_of
 from pipeline import boxes
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Named, Rows, batches, gathered, images_of, network_of
-from pipeline.intervals import FEW, Interval, bootstrap_mean, bootstrap_means, wilson
+from pipeline.intervals import FEW, Interval, bootstrap_mean, bootstrap_means, paired_shares, wilson
 from pipeline.interventions import masking
 from pipeline.interventions.choice import choose
 from pipeline.samples import Preprocessing, Sample
@@ -167,7 +167,7 @@ class Mask:
 
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
         """Of every strategy and share the mean changes with bootstrap intervals over samples and the share corrected with Wilson's; `paired`: differences of the
-        shares corrected on the same samples; `transplant` and `outside_box`: see there, None where there was nothing to paste into, or no box."""
+        shares corrected on the same samples, `paired_curves` at every share; `transplant` and `outside_box`: see there, None where there was nothing to paste into, or no box."""
         e, curves, corrected = self.experiment, {}, {}
         at = _nearest(e.shares)
         for strategy in STRATEGIES:
@@ -175,10 +175,12 @@ class Mask:
             curves[strategy] = {column: dict(zip(("mean", "low", "high"), (v.tolist() for v in bootstrap_means(by[column], e.seed)))) for column in masking.EFFECTS.names[3:5]}
             shares = [wilson(int(column.sum()), len(column)) for column in by["corrected"].T]
             curves[strategy]["corrected"] = {"mean": [s.estimate for s in shares], "low": [s.low for s in shares], "high": [s.high for s in shares]}
-            corrected[strategy] = by["corrected"][:, at]
+            corrected[strategy] = by["corrected"]
         samples = len(corrected["salient"])
         summary = {"dataset": dataset, "samples": samples, "shares": list(e.shares), "fill": e.fill, "k": e.k, "curves": curves}
-        summary["paired"] = {f"{a}_minus_{b}": bootstrap_mean(corrected[a] - corrected[b], e.seed).to_json() for a, b in PAIRS}
+        pairs = {f"{a}_minus_{b}": [paired_shares(x, y) for x, y in zip(corrected[a].T, corrected[b].T)] for a, b in PAIRS}
+        summary["paired"] = {name: gaps[at].to_json() for name, gaps in pairs.items()}
+        summary["paired_curves"] = {name: {"mean": [g.estimate for g in gaps], "low": [g.low for g in gaps], "high": [g.high for g in gaps]} for name, gaps in pairs.items()}
         summary |= {"transplant": transplant(rows, e.seed), "outside_box": outside_box(rows, len(e.shares), at, e.seed)}
         result = {"samples": samples, "share": e.shares[at]} | {f"{column}_{strategy}": curves[strategy][column]["mean"][at] for column in masking.EFFECTS.names[3:6] for strategy in STRATEGIES}
         for name in ("transplant", "outside_box"):

@@ -11,7 +11,7 @@ import pyarrow as pa
 from index import Run
 from jobs import charts
 from jobs.experiment import Request, carry_out
-from jobs.progress import ProgressBar
+from jobs.progress import ProgressBar, say
 from pipeline.depth import DepthProfile, parts, sorted_within_layers
 from pipeline.errors import printable
 from pipeline.experiment import Choice, results_folder
@@ -117,7 +117,9 @@ def profile(request: Request, sample: str | None) -> dict:
         alone = [(values, values, values) for values, _ in sorted_within_layers(vector, run.manifest.layers)]  # one image is what it is
         curves = {f"{place.dataset}:{place.sample_id}": alone, **{f"{name}, mean": banded(summary, name) for name in summary["groups"]}}
         words = charts.Words(f"One image: true {printable(names[0])}, predicted {printable(names[1])}", "layers, shallow to deep, each of the same width; filters sorted within", "standardised saliency", "bands of the means: 95% intervals over samples")
-        charts.within_layers(results_folder(run.store.run, "profile") / "sample", curves, summary["layers"], words)
+        path = results_folder(run.store.run, "profile") / "sample"
+        charts.within_layers(path, curves, summary["layers"], words)
+        say(f"its own profile: {printable(path)}.{{png,svg}}")
     return summary
 
 

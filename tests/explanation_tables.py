@@ -20,6 +20,15 @@ def masked(kept, table, cell) -> str:
     return table(["pixels masked", *MASKED.values()], found)
 
 
+def masked_apart(kept, table, cell) -> str:
+    """How many more errors come right where the most salient pixels are masked, on the same samples."""
+    found = []
+    for name, network in NETWORKS.items():
+        summary = kept(f"{name}-mask")
+        found += [[f"{network}, {summary['shares'][at]:.0%}", *(cell(_point(curve, at), 3, "+") for curve in summary["paired_curves"].values())] for at in map(summary["shares"].index, SHARES)]
+    return table(["share corrected, most salient less", *(STRATEGIES[name.removeprefix("salient_minus_")] for name in summary["paired_curves"])], found)
+
+
 def pasted(kept, table, cell) -> str:
     """What salient and random pixels do to the wrong class's confidence in other images of the class."""
     summary = kept("resnet56-mask")["transplant"]

@@ -261,7 +261,7 @@ def speed() -> str:
 
 
 TABLES = {f.__name__.replace("_", " "): f for f in (depth, most_salient, pruned, pruned_confidence, pruned_as_in_the_paper, pruned_squeezenet, pruned_features, pruned_paired, pairs, ends, tuned, tuned_beside, tuned_paired, tuned_squeezenet, frontier, bargains, speed)}
-TABLES |= {f.__name__: partial(f, kept, table, cell) for f in (explanation_tables.masked, explanation_tables.pasted, explanation_tables.sanity)}
+TABLES |= {f.__name__.replace("_", " "): partial(f, kept, table, cell) for f in (explanation_tables.masked, explanation_tables.masked_apart, explanation_tables.pasted, explanation_tables.sanity)}
 
 
 # ---- what the scripts say beside it --------------------------------------------------------------------------------
