@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from jobs.options import Actors, Address, Chosen, Dataset, Device, Fresh, MaxSamples, Name, Record, Reference, RunOption, Seed, engines
+from jobs.options import Actors, Address, Aggregation, AnyRun, Chosen, Dataset, Device, FileLabel, FileModel, FilePreprocess, FileWeights, Fresh, MaxSamples, Name, Record, Reference, RunOption, Seed, Statistics, engines
 from jobs.progress import say
 from pipeline.errors import BadRequest, printable
 
@@ -112,13 +112,13 @@ def reproduce(
 
 def explain(
     target: Annotated[Optional[str], typer.Argument(metavar="[ID|FILE]", help="sample_id, or dataset:sample_id, of --run; or an image file, with --label.", show_default=False)] = None,
-    run: Annotated[Optional[Path], typer.Option("--run", help="The run directory. A FILE needs none where --model and --statistics are given.", show_default=False)] = None,
-    label: Annotated[Optional[int], typer.Option(help="Of a FILE: its true class, as a number.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="Of a FILE without a run: the network, as in extract.")] = None,
-    weights: Annotated[Optional[str], typer.Option(help="Its weights, as in extract.")] = None,
-    preprocess: Annotated[Optional[str], typer.Option(help="Its preprocessing, as in extract.")] = None,
-    statistics: Annotated[Optional[Path], typer.Option(help="Of a FILE without a run: mu and sigma, a run's statistics/NAME.parquet or published ones (.pth).")] = None,
-    aggregation: Annotated[Optional[str], typer.Option(help="abs or signed: how published statistics were aggregated.")] = None,
+    run: AnyRun = None,
+    label: FileLabel = None,
+    model: FileModel = None,
+    weights: FileWeights = None,
+    preprocess: FilePreprocess = None,
+    statistics: Statistics = None,
+    aggregation: Aggregation = None,
     everyone: Annotated[bool, typer.Option("--all-errors", help="Maps of all misclassified samples of a data set instead, into experiments/explain of the run.")] = False,
     reference: Reference = None,
     k: Annotated[int, typer.Option("-k", help="How many of the most salient filters are explained.")] = 10,
@@ -162,7 +162,7 @@ def explain(
 
 def mask(
     target: Annotated[Optional[str], typer.Argument(metavar="[ID|FILE]", help="One image, as in explain: its case study. Without it: all misclassified samples of a data set.", show_default=False)] = None,
-    run: Annotated[Optional[Path], typer.Option("--run", help="The run directory. A FILE needs none where --model and --statistics are given.", show_default=False)] = None,
+    run: AnyRun = None,
     percent: Annotated[Optional[str], typer.Option(help="Percent of the pixels that are masked. Default: 1,2,5,10,20, and 5 for one image.")] = None,
     fill: Annotated[str, typer.Option(help="What masked pixels become: mean (the image's mean colour), blur, or noise. The paper does not say.")] = "mean",
     k: Annotated[int, typer.Option("-k", help="How many of the most salient filters decide which pixels are salient.")] = 10,
@@ -172,12 +172,12 @@ def mask(
     annotations: Annotated[Optional[Path], typer.Option("--boxes", help="Of a data set: the folder of ImageNet's annotations (.xml); pixels outside the object are masked too.")] = None,
     region: Annotated[Optional[str], typer.Option(help="Of one image: a region of your own, LEFT,TOP,RIGHT,BOTTOM in pixels as the network sees it, or a PNG that is bright there.")] = None,
     filters: Annotated[Optional[str], typer.Option(help="Of one image: these filters instead of the most salient, LAYER:CHANNEL, several with commas.")] = None,
-    label: Annotated[Optional[int], typer.Option(help="Of a FILE: its true class, as a number.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="Of a FILE without a run: the network, as in extract.")] = None,
-    weights: Annotated[Optional[str], typer.Option(help="Its weights, as in extract.")] = None,
-    preprocess: Annotated[Optional[str], typer.Option(help="Its preprocessing, as in extract.")] = None,
-    statistics: Annotated[Optional[Path], typer.Option(help="Of a FILE without a run: mu and sigma, a run's statistics/NAME.parquet or published ones (.pth).")] = None,
-    aggregation: Annotated[Optional[str], typer.Option(help="abs or signed: how published statistics were aggregated.")] = None,
+    label: FileLabel = None,
+    model: FileModel = None,
+    weights: FileWeights = None,
+    preprocess: FilePreprocess = None,
+    statistics: Statistics = None,
+    aggregation: Aggregation = None,
     out: Annotated[Optional[Path], typer.Option(help="Of one image: the picture, .png, .svg or .pdf. Default: in experiments/mask of the run, or beside you for a FILE.")] = None,
     dataset: Dataset = None,
     reference: Reference = None,

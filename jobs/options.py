@@ -24,6 +24,14 @@ Record = Annotated[str, typer.Option("--format", help="table or json, on stdout.
 Layers = Annotated[Optional[str], typer.Option("--layers", help="A range of layers, FIRST..LAST, both included, or one layer.")]
 Chosen = Annotated[Optional[str], typer.Option("--layers", help="Choose filters of these layers alone: FIRST..LAST, both included, or one layer.")]
 
+FileLabel = Annotated[Optional[int], typer.Option(help="Of a FILE: its true class, as a number.")]
+FileModel = Annotated[Optional[str], typer.Option(help="Of a FILE without a run: the network, as in extract.")]
+FileWeights = Annotated[Optional[str], typer.Option(help="Its weights, as in extract.")]
+FilePreprocess = Annotated[Optional[str], typer.Option(help="Its preprocessing, as in extract.")]
+Statistics = Annotated[Optional[Path], typer.Option(help="Of a FILE without a run: mu and sigma, a run's statistics/NAME.parquet or published ones (.pth).")]
+Aggregation = Annotated[Optional[str], typer.Option(help="abs or signed: how published statistics were aggregated.")]
+AnyRun = Annotated[Optional[Path], typer.Option("--run", help="The run directory. A FILE needs none where --model and --statistics are given.", show_default=False)]
+
 
 def engines(text: str | None) -> tuple[int, int] | None:
     """`N` or `MIN-MAX`."""
