@@ -121,7 +121,8 @@ def case_of_file(path: Path, label: int, network: torch.nn.Module, preprocessing
         raise BadRequest(f"{printable(path)} cannot be read ({fault.strerror}): give an image file, or the ID of a sample with --run") from None
     sample = decode(RawSample(path.name, image, label), preprocessing, classes)
     if sample.reason:
-        raise BadRequest(f"{printable(path)}: {printable(sample.reason)}")
+        remedy = "; give another --label" if sample.reason.startswith("label ") else "; fetch it again, or give another image"
+        raise BadRequest(f"{printable(path)}: {printable(sample.reason)}{remedy}")
     return Case(sample, "", network, preprocessing, FilterLayout.of(network), reference, names)
 
 
