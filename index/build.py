@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.atomic import at, replace_file, write_json
 from pipeline.errors import BadRequest, printable
-from pipeline.manifest import write_json
+from pipeline.locks import hold
 from pipeline.statistics import Reference, moments
-from pipeline.store import Store, replace_file, rows_of, saliency_of
+from pipeline.store import Store, rows_of, saliency_of
 
 SUBSETS = ("errors", "all")
 FACTS = ("sample_id", "label", "prediction", "label_confidence", "prediction_confidence", "loss")
@@ -58,27 +59,43 @@ def build(store: Store, datasets: list[str], reference: str, subset: str, name: 
     if not sum(counts.values()):
         raise BadRequest(f"there is no misclassified sample in {', '.join(map(printable, datasets))}: nothing to index; --subset all indexes every sample")
     about = identity(store, datasets, reference, subset)
+    about |= {"rows": sum(counts.values()), "rows_by_dataset": counts, "filters": manifest.layers.total, "dead_filters": int((~standard.live).sum())}
     folder = store.run / "index" / name
+    with hold(folder.with_name(f".{name}.lock"), store.run, f"another job is building the index {printable(folder)}: wait for it, or give another --name"):
+        _write(store, folder, datasets, subset, standard, about, tick)
+    return Built(folder, counts, about["dead_filters"])
+
+
+def _write(store: Store, folder: Path, datasets: list[str], subset: str, standard: Reference, about: dict, tick) -> None:
+    """The three files, `index.json` last. Raises BadRequest if what they are built from changes meanwhile; the old index is then still there."""
+
+    folder.mkdir(exist_ok=True)
 
     def write(partial: Path) -> None:
         rows_partial = folder / f".rows.{partial.name}"
         with open(partial, "wb") as out, pq.ParquetWriter(rows_partial, ROWS.with_metadata({"identity": about["identity"]}), compression="zstd") as rows:
-            out.write(flat_header(sum(counts.values()), manifest.layers.total))
+            out.write(flat_header(about["rows"], about["filters"]))
             for dataset in datasets:
                 for vectors, table in _rows(store, dataset, subset, standard, tick):
                     out.write(np.ascontiguousarray(vectors, "<f4").data)
                     rows.write_table(table)
+        if identity(store, datasets, about["reference"], subset)["identity"] != about["identity"]:
+            raise _changed(datasets)
         (folder / "index.json").unlink(missing_ok=True)  # from here to the new one there is no index; until here the old one serves
         rows_partial.replace(folder / "rows.parquet")
 
-    folder.mkdir(parents=True, exist_ok=True)
+    for stale in [*folder.glob(".*.tmp"), *folder.glob(".rows.*")]:  # of a build that died
+        stale.unlink(missing_ok=True)
     try:
-        replace_file(folder / "index.faiss", write)
+        replace_file(folder / "index.faiss", write, at("index"))
     finally:
         for stale in folder.glob(".rows.*"):
             stale.unlink(missing_ok=True)
-    write_json(folder / "index.json", about | {"rows": sum(counts.values()), "rows_by_dataset": counts, "filters": manifest.layers.total, "dead_filters": int((~standard.live).sum())})
-    return Built(folder, counts, int((~standard.live).sum()))
+    write_json(folder / "index.json", about)
+
+
+def _changed(datasets: list[str]) -> BadRequest:
+    return BadRequest(f"the profiles of {', '.join(map(printable, datasets))} changed while they were read: an extraction is at work on them; wait for it, then give the same command again")
 
 
 def ensure_reference(store: Store, reference: str, tick: Callable[[str, int, int], None] = lambda *_: None) -> Reference:
@@ -109,10 +126,12 @@ def ensure_reference(store: Store, reference: str, tick: Callable[[str, int, int
             tick("statistics", seen, total)
 
     found = moments(blocks(), layout.total)
+    if f"{reference} {profiles_digest(store, reference)}" != origin:
+        raise _changed([reference])
     if found.count < 2:
         raise BadRequest(f"--reference: {printable(reference)} has {found.count} profiles; a standard deviation needs two or more")
     standard = Reference(found.mean, found.std, found.count, store.manifest().aggregation, origin)
-    replace_file(path, lambda partial: pq.write_table(standard.table(layout), partial))
+    replace_file(path, lambda partial: pq.write_table(standard.table(layout), partial), at("statistics"))
     return standard
 
 

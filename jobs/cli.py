@@ -132,8 +132,9 @@ def statistics_import(
     import pyarrow.parquet as pq
 
     from jobs.extract import AGGREGATIONS, DATASET
+    from pipeline.atomic import replace_file
     from pipeline.statistics import import_published
-    from pipeline.store import Store, replace_file
+    from pipeline.store import Store
 
     store = Store(run)
     manifest = store.manifest()

@@ -20,12 +20,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+from pipeline.atomic import replace_file, write_json
 from pipeline.errors import BadRequest, printable
-from pipeline.manifest import write_json
 from pipeline.models import file_sha256, save_weights
 from pipeline.samples import Preprocessing, decode
 from pipeline.sources import RawSample
-from pipeline.store import replace_file
 
 MODEL = "jobs.digits:DigitsNet"  # what --model calls it
 TRAIN_PER_CLASS = 15

@@ -18,10 +18,12 @@ import pyarrow as pa
 from index.build import ensure_reference, profiles_digest
 from jobs import cluster
 from jobs.progress import say, stages
-from jobs.work import Work, hold, run_units, undone
+from jobs.work import Work, run_units, undone
+from pipeline.atomic import write_json
 from pipeline.errors import BadRequest, printable
-from pipeline.experiment import Choice, Experiment, Gatherer, ResultWriter, changed_shards, read_results, results, results_folder, set_aside, units_of, unpack
-from pipeline.manifest import read_json, write_json
+from pipeline.experiment import Choice, Experiment, Gatherer, ResultWriter, changed_shards, read_results, results, results_folder, set_aside, settings_digest, units_of, unpack
+from pipeline.locks import hold
+from pipeline.manifest import read_json
 from pipeline.samples import Sample
 from pipeline.statistics import Reference
 from pipeline.store import Store
@@ -213,7 +215,7 @@ def _do(store: Store, experiment: Experiment, request: Request, dataset: str, ch
         raise undone(experiment.name, 1, f"{unit.stem}: its workers died without a word (out of memory?)")
 
     work = Work(
-        experiment.name, Gatherer.of(store, dataset, choice, experiment.columns, experiment.images), partial(ResultWriter, store.run, experiment, device),
+        experiment.name, Gatherer.of(store, dataset, choice, experiment.columns, experiment.images), partial(ResultWriter, store.run, experiment, device, settings_digest(store.run, experiment.name)),
         lambda unit: (folder / f"{unit.stem}.parquet").exists(), give_up, store.manifest().threads, device, request.address, request.actors,
     )  # fmt: skip
     samples = sum(count for _, count in todo)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from jobs import begin, cluster
 from jobs.progress import ProgressBar, say
-from jobs.work import ATTEMPTS, Work, hold, run_units
+from jobs.work import ATTEMPTS, Work, run_units
 from pipeline.errors import BadRequest, Stopped, printable
+from pipeline.locks import hold
 from pipeline.manifest import Manifest
 from pipeline.sources import Shard, Source, open_source
 from pipeline.sources.doubles import Ids
@@ -111,6 +112,7 @@ def extract(settings: Settings) -> Outcome:
         store.sweep(settings.dataset)
         todo = store.todo(settings.dataset, manifest.unit_samples)
         units_run = do(store, settings, manifest, census, todo) if todo else 0
+        store.sweep(settings.dataset)
     return outcome(store, settings, units_run)
 
 

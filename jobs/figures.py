@@ -10,7 +10,7 @@ import io
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from pipeline.atomic import replace_file
 from pipeline.errors import BadRequest, printable
 
 DPI = 200
@@ -81,13 +82,7 @@ def own_settings() -> Iterator[None]:
 def save(figure: Figure, path: Path) -> None:
     """Into a file of one of `FORMATS`, with the same bytes every time, whole or not at all. Raises OSError."""
     suffix = path.suffix.lower()
-    _replace(path, lambda partial: figure.savefig(partial, format=suffix[1:], dpi=DPI, metadata=FORMATS[suffix]))
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    from pipeline.store import replace_file  # brings Arrow, which drawing does not need
-
-    replace_file(path, write)
+    replace_file(path, lambda partial: figure.savefig(partial, format=suffix[1:], dpi=DPI, metadata=FORMATS[suffix]))
 
 
 def _gallery(query: dict, neighbours: list[dict], title: str) -> Figure:

@@ -14,9 +14,10 @@ from index.build import FACTS
 from index.evaluate import chances
 from index.run import NEIGHBOURS, Run
 from jobs.progress import ProgressBar
+from pipeline.atomic import replace_file
 from pipeline.errors import BadRequest, printable
 from pipeline.statistics import Reference
-from pipeline.store import replace_file, saliency_of
+from pipeline.store import saliency_of
 
 BLOCK = 256  # queries searched at once
 COLUMNS = pa.schema([("query_dataset", pa.string()), ("query_id", pa.string()), ("query_label", pa.int32()), ("query_prediction", pa.int32()), *NEIGHBOURS])

@@ -21,8 +21,8 @@ from PIL import Image
 from index import Run
 from jobs.claims import NOT, REPRODUCED, UNTESTABLE, Claim, Finding, tally
 from jobs.page import MARKS, STYLE
+from pipeline.atomic import replace_file
 from pipeline.errors import BadRequest, printable
-from pipeline.store import replace_file
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 DRAWN = 250_000  # bytes of an SVG up to which it is taken, as sharp at any size; a larger one is a picture

@@ -20,9 +20,9 @@ from jobs import cluster, report
 from jobs.claims import CLAIMS, Claim, Finding
 from jobs.experiment import OtherSettings, Rehearsal, Request
 from jobs.progress import say, stages
-from jobs.work import Busy, hold
 from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.experiment import results_folder
+from pipeline.locks import Busy, hold
 from pipeline.store import Store
 
 INDEX = "reproduce"  # what an index of ours is called where one of the usual name is there and does not suit

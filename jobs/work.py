@@ -5,17 +5,13 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
 import pyarrow as pa
 
 from jobs import cluster
 from jobs.progress import ProgressBar
-from pipeline.errors import BadRequest, Stopped, printable
+from pipeline.errors import Stopped, printable
 from pipeline.units import Unit
 from pipeline.worker import Receipt
 
@@ -76,23 +72,3 @@ def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int 
 
 def undone(name: str, units: int, reason: str) -> Stopped:
     return Stopped(f"{units} unit{'s' * (units != 1)} of {printable(name)} {'were' if units != 1 else 'was'} not done: {reason}\nwhat is done is kept; the same command resumes")
-
-
-class Busy(BadRequest):
-    """Another job holds what this one needs: waiting helps."""
-
-
-@contextmanager
-def hold(lock: Path, run: Path, refusal: str) -> Iterator[None]:
-    """Hold a lock file against a second job; the lock dies with the process. Raises Busy with `refusal` if another job holds it."""
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
-    except OSError as fault:
-        raise BadRequest(f"--run: {printable(run)} cannot be written ({printable(fault)})") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(refusal) from None
-        yield

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.atomic import at
 from pipeline.errors import BadRequest, Fault, printable
 from pipeline.manifest import Manifest
 from pipeline.samples import Preprocessing, Sample, decode
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 FACTS = ("sample_id", "label", "prediction")  # of every gathered row
 PIXELS = (("height", pa.int32()), ("width", pa.int32()), ("pixels", pa.binary()), ("reason", pa.string()))  # beside them, where images are asked for
 ASIDE = b"set_aside"  # in the metadata of a results file: JSON, [[sample_id, reason], ...]
+MADE_WITH = b"settings"  # beside it: the digest of the settings.json that its rows were made with
 
 Rows = Callable[[list[Sample], pa.Table], pa.Table]
 
@@ -186,8 +188,9 @@ class Gatherer:
 class ResultWriter:
     """The second step: gathered units -> rows, computed on one device and committed."""
 
-    def __init__(self, run: Path, experiment: Experiment, device: str):
-        self.run, self.experiment = run, experiment
+    def __init__(self, run: Path, experiment: Experiment, device: str, made_with: str):
+        """made_with: the `settings_digest` that the job began with; a worker that outlives its job must not write among the rows of another's."""
+        self.run, self.experiment, self.made_with = run, experiment, made_with
         self.rows = experiment.start(run, device)
 
     def __call__(self, gathered: pa.Table) -> Receipt:
@@ -200,7 +203,10 @@ class ResultWriter:
                 samples, profiles, aside = unpack(gathered)
                 schema = self.experiment.schema
                 rows = self.rows(samples, profiles).select(schema.names).cast(schema) if profiles.num_rows else schema.empty_table()
-                write_table(results_folder(self.run, self.experiment.name) / f"{unit.stem}.parquet", rows.replace_schema_metadata({ASIDE: json.dumps(aside)}))
+                if settings_digest(self.run, self.experiment.name) != self.made_with:
+                    raise OSError("its results were discarded for others meanwhile")
+                about_rows = {ASIDE: json.dumps(aside), MADE_WITH: self.made_with}
+                write_table(results_folder(self.run, self.experiment.name) / f"{unit.stem}.parquet", rows.replace_schema_metadata(about_rows), at("rows", unit))
             except OSError as error:
                 fault = f"{printable(self.run)} cannot be written: {printable(error)}"
             except Exception as error:
@@ -271,8 +277,20 @@ def results_folder(run: Path, name: str) -> Path:
 
 
 def results(run: Path, name: str) -> list[Path]:
-    """The files of an experiment's committed units, sorted."""
-    return sorted(p for p in results_folder(run, name).glob("*.parquet") if interval_of(p.stem))
+    """The files of an experiment's committed units, sorted; of those alone that were made with the settings that lie beside them."""
+    now = settings_digest(run, name)
+    return sorted(p for p in results_folder(run, name).glob("*.parquet") if interval_of(p.stem) and _metadata(p).get(MADE_WITH) == now.encode())
+
+
+def settings_digest(run: Path, name: str) -> str:
+    """Of an experiment's settings.json, or of nothing where there is none."""
+    path = results_folder(run, name) / "settings.json"
+    return hashlib.sha256(path.read_bytes() if path.exists() else b"").hexdigest()[:16]
+
+
+def _metadata(path: Path) -> dict[bytes, bytes]:
+    with whole(path) as parquet:
+        return parquet.schema_arrow.metadata or {}
 
 
 def read_results(run: Path, name: str, schema: pa.Schema) -> pa.Table:
@@ -285,8 +303,7 @@ def set_aside(run: Path, name: str) -> list[list[str]]:
     """[sample_id, reason] of every sample that an experiment had to leave out."""
     found = []
     for file in results(run, name):
-        with whole(file) as parquet:
-            found += json.loads((parquet.schema_arrow.metadata or {}).get(ASIDE, b"[]"))
+        found += json.loads(_metadata(file).get(ASIDE, b"[]"))
     return found
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.atomic import write_json
 from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout
 from pipeline.samples import Preprocessing
@@ -56,7 +56,7 @@ class Manifest:
     def write(self, run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
         fields = asdict(self) | {"layers": self.layers.to_json(), "preprocessing": self.preprocessing.to_json()}
-        write_json(run / "run.json", fields)
+        write_json(run / "run.json", fields, "manifest")
 
     @classmethod
     def read(cls, run: Path) -> Manifest:
@@ -70,14 +70,6 @@ class Manifest:
             return cls(**fields | {"class_names": tuple(names) if names else None})
         except (KeyError, TypeError, ValueError) as fault:
             raise BadRequest(f"{printable(run / 'run.json')} is not a run that this version reads ({type(fault).__name__}: {printable(fault)})") from None
-
-
-def write_json(path: Path, value: object) -> None:
-    """Whole or not at all: written beside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def read_json(path: Path) -> dict:

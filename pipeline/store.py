@@ -6,9 +6,7 @@ the commit. Names that no reader matches are used until then, so every `*.parque
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.atomic import at, replace_file, write_json
 from pipeline.errors import BadRequest, printable
-from pipeline.manifest import Manifest, read_json, write_json
+from pipeline.manifest import Manifest, read_json
 from pipeline.sources import Shard
-from pipeline.units import Unit, interval_of, plan
+from pipeline.units import Unit, apart, interval_of, plan
 
 REJECTS = pa.schema([("sample_id", pa.string()), ("shard", pa.string()), ("reason", pa.string())])
 
@@ -135,7 +134,7 @@ class Store:
             raise BadRequest(f"{printable(path)} cannot be read: extract the data set again with the same command") from None
 
     def write_census(self, dataset: str, census: Census) -> None:
-        write_json(self.run / "datasets" / f"{dataset}.json", census.to_json())
+        write_json(self.run / "datasets" / f"{dataset}.json", census.to_json(), "census")
 
     def todo(self, dataset: str, unit_samples: int) -> list[Unit]:
         """The units that are not committed, in order."""
@@ -153,9 +152,16 @@ class Store:
     # ---- units -------------------------------------------------------------------------------------------------
 
     def files(self, dataset: str) -> list[Path]:
-        """Profile files of the committed units, in the order of their names. Without its rejects file a unit is not whole."""
-        rejects = {p.name for p in (self.run / "rejects" / dataset).glob("*.parquet")}
-        return sorted(p for p in (self.run / "profiles" / dataset).glob("*.parquet") if p.name in rejects and interval_of(p.stem))
+        """Profile files of the committed units, in the order of their names. No sample is in two of them.
+
+        Without its rejects file a unit is not whole, and of units that overlap (see `units.apart`) the others do not count.
+        """
+        whole = self._names("profiles", dataset) & self._names("rejects", dataset)
+        return [self.run / "profiles" / dataset / f"{stem}.parquet" for stem in sorted(apart(whole))]
+
+    def _names(self, folder: str, dataset: str) -> set[str]:
+        """Stems of the files of units that are visible now."""
+        return {p.stem for p in (self.run / folder / dataset).glob("*.parquet") if interval_of(p.stem)}
 
     def committed(self, dataset: str) -> list[str]:
         """Stems of the committed units."""
@@ -166,14 +172,20 @@ class Store:
 
     def commit(self, unit: Unit, profiles: pa.Table, rejects: pa.Table) -> None:
         """Write a unit. Raises OSError (no space, read-only), and then nothing of it is visible."""
-        write_table(self.run / "rejects" / unit.dataset / f"{unit.stem}.parquet", rejects)
-        write_table(self.run / "profiles" / unit.dataset / f"{unit.stem}.parquet", profiles)
+        for folder, table in (("rejects", rejects), ("profiles", profiles)):
+            write_table(self.run / folder / unit.dataset / f"{unit.stem}.parquet", table, at(folder, unit))
 
     def sweep(self, dataset: str) -> None:
-        """Remove what attempts that died left behind. Call while no other job writes this data set."""
-        for folder in ("profiles", "rejects"):
+        """Remove what is no part of a committed unit: what attempts that died left behind, rejects whose profiles never came, and units that overlap others.
+
+        Call while this job holds the data set and none of its own units is at work. A straggler of a job that died may lose a file to it, and then commits nothing.
+        """
+        counted = {file.stem for file in self.files(dataset)}
+        for folder in ("profiles", "rejects"):  # in this order: a unit whose profiles are gone is not whole, at any moment in between
             for stale in (self.run / folder / dataset).glob(".*.tmp"):
                 stale.unlink(missing_ok=True)
+            for stem in self._names(folder, dataset) - counted:
+                (self.run / folder / dataset / f"{stem}.parquet").unlink(missing_ok=True)
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
@@ -205,23 +217,9 @@ def rows_of(path: Path) -> int:
         return parquet.metadata.num_rows
 
 
-def replace_file(path: Path, write) -> None:
-    """`write(partial)` under a name that no reader matches, flushed to the disk, then renamed to `path`. Nothing stays if it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """A Parquet file with checksums, whole or not at all. Raises OSError."""
-    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd", row_group_size=1024, write_page_checksum=True))
+def write_table(path: Path, table: pa.Table, reach: Callable[[str], None] | None = None) -> None:
+    """A Parquet file with checksums, whole or not at all. reach: as of `replace_file`. Raises OSError."""
+    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd", row_group_size=1024, write_page_checksum=True), reach)
 
 
 def _rate(files: list[Path]) -> float | None:

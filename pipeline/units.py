@@ -62,6 +62,21 @@ def interval_of(stem: str) -> tuple[str, int, int] | None:
     return (match[1], int(match[2]), int(match[3])) if match else None
 
 
+def apart(stems: Iterable[str]) -> list[str]:
+    """Of the files of units, those that count, so that no sample stands in two of them: where units of a shard overlap, the one that begins first, and of these the longest.
+
+    They overlap only where a worker that was given up, or whose job died, comes back to life and commits a unit that has been cut differently
+    since. Its rows are the same, bit by bit; they are only there twice.
+    """
+    places = sorted((interval_of(stem), stem) for stem in stems)
+    chosen, shard, end = [], None, 0
+    for (name, start, stop), stem in sorted(places, key=lambda place: (place[0][0], place[0][1], -place[0][2])):
+        if name != shard or start >= end:
+            chosen.append(stem)
+            shard, end = name, stop
+    return chosen
+
+
 def plan(dataset: str, shards: Iterable[Shard], committed: Iterable[str], most: int, limit: int | None) -> list[Unit]:
     """The units that are still to do, in order: the first `limit` samples of `shards` less the `committed` stems.
 

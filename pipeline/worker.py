@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import Fault, printable
+from pipeline.failpoints import reach
 from pipeline.samples import Preprocessing, Sample, decode
 from pipeline.sources import reader
 from pipeline.store import Store
@@ -58,6 +59,7 @@ class Decoder:
     def __call__(self, unit: Unit) -> pa.Table:
         """A unit as a `DECODED` table of `unit.samples` rows, or of one row with the unit's fault."""
         try:
+            reach("decode", unit)
             raw = list(reader(self.kind, self.root).read(unit.marks, unit.shard, unit.start, unit.stop))
             samples = [decode(r, self.preprocessing, self.classes) for r in raw]
             if len(samples) != unit.samples:
@@ -79,13 +81,15 @@ class UnitWriter:
         self.profiler = Profiler.restore(run, device)
 
     def __call__(self, decoded: pa.Table) -> Receipt:
-        """The unit's files are there when this returns, or the receipt's fault says why not."""
+        """The unit's files are there when this returns, or the receipt's fault says why not. What is committed already is not computed again."""
         start = time.monotonic()
         unit, fault = Unit.from_json(decoded["unit"][0].as_py()), decoded["fault"][0].as_py()
         rejects = 0
-        if not fault:
+        if not fault and not self.store.is_committed(unit):  # it is, where only its receipt was lost
             try:
+                reach("profile", unit)
                 profiles, aside = self.profiler.profile(_unpack(decoded), unit.shard, unit.start)
+                reach("profiled", unit)
                 self.store.commit(unit, profiles, aside)
                 rejects = aside.num_rows
             except OSError as error:

@@ -106,3 +106,32 @@ def test_sigterm_ends_a_job_whose_sigint_is_ignored(mine):
     start = time.monotonic()
     job.terminate()
     assert job.wait(30) == 4 and time.monotonic() - start < 20 and "same command resumes" in job.stderr.read()
+
+
+def test_an_index_is_never_built_of_profiles_that_change_meanwhile(mine, monkeypatch):
+    """An extraction adds a shard while vectors are written: refused, and the old index is still there, and answers once the extraction is undone."""
+    import index.build
+
+    before = (mine.run / "index/errors/index.faiss").read_bytes()
+    rows = index.build._rows
+
+    def interrupted(*words):
+        shards.write_shard(mine.sources / "val/val-00009.tar", [0, 1, 2, 3], first=5000)
+        assert mine.extract("val").code == 0
+        yield from rows(*words)
+
+    monkeypatch.setattr(index.build, "_rows", interrupted)
+    ended = tiny.call("index", "--run", mine.run)
+    assert ended.code == 2 and "the profiles of val changed while they were read" in ended.err
+    monkeypatch.undo()
+    assert (mine.run / "index/errors/index.faiss").read_bytes() == before and not list((mine.run / "index/errors").glob(".*.tmp"))
+    assert tiny.call("index", "--run", mine.run).code == 0
+
+
+def test_two_jobs_never_build_one_index(mine):
+    """The second is refused; a lock file without a process is in nobody's way."""
+    from pipeline.locks import hold
+
+    with hold(mine.run / "index/.errors.lock", mine.run, ""):
+        assert "another job is building the index" in tiny.call("index", "--run", mine.run).refused()
+    assert (mine.run / "index/.errors.lock").exists() and tiny.call("index", "--run", mine.run).code == 0

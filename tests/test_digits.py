@@ -13,7 +13,7 @@ from pipeline.errors import BadRequest
 from pipeline.models import file_sha256
 from pipeline.samples import decode
 from pipeline.sources import open_source
-from pipeline.store import replace_file
+from pipeline.atomic import replace_file
 
 
 @pytest.fixture(scope="module")

@@ -174,6 +174,8 @@ def test_unit_goes_from_shard_to_file(run):
     receipt = UnitWriter(run, "cpu")(decoded)
     assert (receipt.stem, receipt.samples, receipt.rejects, receipt.fault) == (unit.stem, 4, 2, "") and store.todo("val", 16) == []
     assert store.profiles("val").to_table()["sample_id"].to_pylist() == ["a", "d"]
+    file = store.files("val")[0].stat()
+    assert UnitWriter(run, "cpu")(decoded).fault == "" and store.files("val")[0].stat() == file, "what is committed is not computed again"
     assert store.rejects("val").to_pylist() == [
         {"sample_id": "b", "shard": "sh\\xffard.tar", "reason": "not an image in a format that is known here"},
         {"sample_id": "c", "shard": "sh\\xffard.tar", "reason": "label 4 is outside the network's classes 0..3"},

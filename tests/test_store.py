@@ -307,7 +307,31 @@ def test_no_run_is_said(tmp_path):
 
 def test_json_is_whole_or_absent(tmp_path, monkeypatch):
     MANIFEST.write(tmp_path)
-    monkeypatch.setattr(manifest_module.os, "replace", failing(0, os.replace, OSError("no space")))
+    monkeypatch.setattr(os, "replace", failing(0, os.replace, OSError("no space")))
     with pytest.raises(OSError):
         replace(MANIFEST, model="other").write(tmp_path)
     assert Manifest.read(tmp_path) == MANIFEST and [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["run.json"]
+
+
+@pytest.mark.parametrize("cut", [[(0, 8), (8, 16)], [(0, 16), (0, 8)], [(4, 12), (0, 16)]], ids=str)
+def test_a_straggler_that_commits_a_unit_cut_otherwise_doubles_nothing(store, cut):
+    """No sample is read twice meanwhile, and sweeping leaves each once for every reader."""
+    whole = Unit("val", "a.tar", 0, 16)
+    for start, stop in [*cut, (0, 16)]:
+        commit(store, Unit("val", "a.tar", start, stop))
+    ids = [i for _, _, batch in store.blocks("val", ["sample_id"]) for i in batch["sample_id"].to_pylist()]
+    assert len(ids) == len(set(ids)) == 16 and store.progress("val").done == 16
+    store.sweep("val")
+    assert [p.stem for folder in ("profiles", "rejects") for p in (store.run / folder / "val").iterdir()] == [whole.stem] * 2
+    assert ds.dataset(store.run / "profiles/val", format="parquet").count_rows() == 16
+
+
+def test_rejects_whose_profiles_never_came_are_swept(store):
+    """Of a unit that died between its two files and was then cut otherwise; plain readers of `rejects/` would see its samples twice."""
+    whole = Unit("val", "a.tar", 0, 16)
+    commit(store, whole, bad=2)
+    (store.run / "profiles/val" / f"{whole.stem}.parquet").unlink()
+    for start in (0, 8):
+        commit(store, Unit("val", "a.tar", start, start + 8), bad=1)
+    store.sweep("val")
+    assert ds.dataset(store.run / "rejects/val", format="parquet").count_rows() == store.rejects("val").num_rows == 2

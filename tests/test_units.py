@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.sources import Shard
-from pipeline.units import Unit, interval_of, plan, shard_stem
+from pipeline.units import Unit, apart, interval_of, plan, shard_stem
 
 
 def shard(name: str, samples: int, every: int = 16) -> Shard:
@@ -115,3 +115,16 @@ def test_unit_survives_json(name, start, length, every):
     unit = Unit("val", name, start, start + length, shard(name, 150, every).marks_for(start, start + length))
     assert Unit.from_json(unit.to_json()) == unit
     assert Unit.from_json(unit.to_json(marks=False)) == Unit("val", name, start, start + length) and json.loads(unit.to_json())["shard"] == name
+
+
+@given(intervals=INTERVALS, most=st.integers(1, 33))
+def test_units_that_count_share_no_sample_and_what_is_planned_beside_them_completes_them(intervals, most):
+    """Whatever lies there, in whatever order: with the units that are planned then, every sample is there once."""
+    units = [Unit("val", f"s{i}.tar", start, start + length) for i, start, length in intervals]
+    counted = [unit for unit in units if unit.stem in set(apart(reversed([unit.stem for unit in units])))]
+    places = covered({unit.stem: unit for unit in counted}.values())
+    assert len(places) == len(set(places))
+    shards = [shard(f"s{i}.tar", 120) for i in range(4)]
+    rest = covered(plan("val", shards, apart([unit.stem for unit in units]), most, None))
+    assert sorted(places + rest) == [(s.name, i) for s in shards for i in range(120)]
+    assert apart([unit.stem for unit in counted]) == sorted({unit.stem for unit in counted})

@@ -1,0 +1,48 @@
+"""A file of a run is whole or not there: written under a name that no reader matches, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from functools import partial as bound
+from pathlib import Path
+
+from pipeline import failpoints
+
+
+def replace_file(path: Path, write: Callable[[Path], object], reach: Callable[[str], None] | None = None) -> None:
+    """`write(partial)` under a name that no reader matches, flushed to the disk, then renamed to `path`. Nothing stays if it raises.
+
+    reach: told `written` before the rename and `renamed` after it; for the failpoints of files that decide what is done.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        if reach:
+            reach("written")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if reach:
+        reach("renamed")
+
+
+def write_json(path: Path, value: object, what: str | None = None) -> None:
+    """`value` as JSON, whole or not at all. what: the name of its failpoints."""
+    text = json.dumps(value, indent=1) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), at(what) if what else None)
+
+
+def at(what: str, unit: failpoints.Interval | None = None) -> Callable[[str], None]:
+    """The failpoints of a file: `what.written`, `what.renamed`."""
+    return bound(_reach, what, unit)
+
+
+def _reach(what: str, unit: failpoints.Interval | None, when: str) -> None:
+    failpoints.reach(f"{what}.{when}", unit)
