@@ -39,7 +39,12 @@ def load_model(model: str, weights: str | None, preprocess: str | None, precisio
 
     if precision == "tf32" and cluster.device_for(device, address) == "cpu":
         raise BadRequest("--precision: tf32 exists on CUDA GPUs alone; use fp32")
-    return models.load(model, weights, preprocess)
+    classifier = models.load(model, weights, preprocess)
+    try:
+        FilterLayout.of(classifier.network)
+    except BadRequest as fault:
+        raise BadRequest(f"--model: {printable(model)}: {fault}") from None
+    return classifier
 
 
 @dataclass(frozen=True)

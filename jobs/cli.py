@@ -55,7 +55,7 @@ def check(
     report = job(source, model, weights, preprocess, device, devkit)
     output.check(report, format)
     if report.faults:
-        raise BadRequest(f"--source: {report.faults[0]}")
+        raise BadRequest(f"--{'weights' if 'are these its weights' in report.faults[0] else 'source'}: {report.faults[0]}")
 
 
 @app.command()
@@ -65,7 +65,7 @@ def extract(
     source: Annotated[str, typer.Option(help="Tar shards (a file, a folder, a pattern such as 'val-{00..63}.tar'), Parquet files, a folder of class folders, ImageNet's flat validation folder, ImageNet-v2's release, CIFAR's python batches, or .npy and .npz arrays.")],
     model: Annotated[str, typer.Option(help="A torchvision classifier, resnet20|32|44|56|110 or cifar_resnet18, or module:factory.")],
     weights: Annotated[Optional[str], typer.Option(help="A .safetensors or .pth file, or the name of torchvision weights. Default: torchvision's best.")] = None,
-    preprocess: Annotated[Optional[str], typer.Option(help="imagenet, cifar, or parts: resize=256,crop=224,interpolation=bilinear,mean=0.5/0.5/0.5,std=0.5/0.5/0.5. Default: the model's own.")] = None,
+    preprocess: Annotated[Optional[str], typer.Option(help="imagenet, cifar, pytorch-cifar, or parts: resize=256,crop=224,interpolation=bilinear,mean=0.5/0.5/0.5,std=0.5/0.5/0.5. Default: the model's own.")] = None,
     engine: Annotated[str, typer.Option(help="auto, fused or vmap.")] = "auto",
     precision: Annotated[Optional[str], typer.Option(help="fp32, tf32 or bf16. Default: fp32.")] = None,
     aggregation: Annotated[str, typer.Option(help="abs: mean |gradient| of a filter's weights; signed: |mean gradient|, as the authors' earlier code.")] = "abs",

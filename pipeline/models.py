@@ -52,7 +52,7 @@ def load(model: str, weights: str | None, preprocess: str | None) -> Classifier:
     promised = None
     if model in cifar.NETWORKS:
         network, state, digest = cifar.NETWORKS[model](), *_need_file(model, weights)
-        base, names = PRESETS["cifar"], cifar.CLASSES
+        base, names = PRESETS["pytorch-cifar" if model == "cifar_resnet18" else "cifar"], cifar.CLASSES
     elif ":" in model:
         network = build(model)
         state, digest = read_weights(weights) if weights else (None, None)

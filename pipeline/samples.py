@@ -92,7 +92,11 @@ class Preprocessing:
         return images.sub_(mean).div_(std)
 
 
-PRESETS = {"imagenet": Preprocessing(), "cifar": Preprocessing(resize=None, crop=None)}
+PRESETS = {
+    "imagenet": Preprocessing(),
+    "cifar": Preprocessing(resize=None, crop=None),
+    "pytorch-cifar": Preprocessing(resize=None, crop=None, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),  # kuangliu's, with whose recipe the wide ResNets are trained
+}
 
 
 def _centre_crop(pixels: np.ndarray, crop: int) -> np.ndarray:

@@ -302,3 +302,28 @@ def test_network_that_is_no_classifier_is_refused(network, message):
     with pytest.raises(BadRequest, match=message):
         check_network(network.eval(), zoo.images(2)[0])
         make_engine("fused", network.eval(), "abs")
+
+
+class Kinked(nn.Module):
+    """Every ReLU's input is 0 but for float32's rounding of the mean before it: where a gradient passes is the order of the sum's."""
+
+    def __init__(self, image):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.linear = nn.Conv2d(3, 64, 3, bias=False), nn.BatchNorm2d(64), nn.Linear(64, 5)
+        self.norm.weight.data.uniform_(0.5, 2)
+        self.norm.running_mean.copy_(self.conv(image)[0, :, 0, 0].detach())
+
+    def forward(self, x):
+        return self.linear(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_rounding_at_a_kink_is_no_objection():
+    """In float32 two right ways differ; in float64 they agree, and decide."""
+    images = torch.rand(2, 3, 1, 1).expand(2, 3, 3, 3).contiguous()
+    network = Kinked(images[:1]).eval().requires_grad_(False)
+    layout, label = FilterLayout.of(network), torch.zeros(1, dtype=torch.int64)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert fused._error(network, layout, images[:1], label) > fused.TOLERANCE, "the case is one"
+    assert choose_engine(network, images) == ("fused", "every 4-D weight is used in one convolution")
+    assert all(value.dtype == before[name].dtype and torch.equal(value, before[name]) for name, value in network.state_dict().items())

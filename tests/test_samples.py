@@ -205,6 +205,7 @@ def test_thumbnail_shows_the_image():
         ("", SMALL),
         ("imagenet", Preprocessing()),
         ("cifar", Preprocessing(resize=None, crop=None)),
+        ("pytorch-cifar,resize=40", Preprocessing(resize=40, crop=None, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))),
         ("resize=30", Preprocessing(30, 16)),
         ("resize=none,crop=none", Preprocessing(None, None)),
         ("imagenet, crop=288 ,", Preprocessing(256, 288)),

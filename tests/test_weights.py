@@ -120,3 +120,11 @@ def test_files_that_are_no_weights(tmp_path):
     for name in ("nowhere.pth", "."):
         with pytest.raises(BadRequest, match="^--weights: there is no file"):
             models.read_weights(str(tmp_path / name))
+
+
+def test_the_papers_cifar_network_is_prepared_as_its_recipe_trains_it(tmp_path):
+    network = models.build("cifar_resnet18")
+    torch.save({"net": {f"module.{name}": value for name, value in network.state_dict().items()}}, tmp_path / "w.pth")
+    got = models.load("cifar_resnet18", str(tmp_path / "w.pth"), None)
+    assert got.preprocessing == PRESETS["pytorch-cifar"] != PRESETS["cifar"] and equal(got.network, network.state_dict())
+    assert models.load("cifar_resnet18", str(tmp_path / "w.pth"), "cifar").preprocessing == PRESETS["cifar"]
