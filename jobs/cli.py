@@ -27,6 +27,7 @@ app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, 
 statistics_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Statistics (mu and sigma of every filter) that runs are standardised by.")
 app.add_typer(statistics_app, name="statistics")
 app.add_typer(benchmarks.app, name="bench")
+ASKING = ("check", "status", "query", "bench")  # verbs that write nothing but their answer
 
 
 @app.command()
@@ -241,6 +242,26 @@ def status(run: RunOption, format: Record = "table") -> None:
     output.status({name: p.__dict__ for name, p in Run.open(run).status().items()}, format)
 
 
+@app.command()
+def chaos(
+    rounds: Annotated[int, typer.Option(help="How many rounds of faults.")] = 10,
+    seed: Seed = 0,
+    run: Annotated[Path, typer.Option("--run", help="A folder for the rounds alone; the same command goes on where it stopped.")] = Path("runs/chaos"),
+    kinds: Annotated[Optional[str], typer.Option(help="Faults to choose from, separated by commas. Default: all.")] = None,
+    format: Record = "table",
+) -> None:
+    """Kills, stops and starves real jobs, one a round, and counts what they left against an undisturbed one. Exit code 1 if anything is lost, doubled or wrong."""
+    from jobs import output
+    from jobs.chaos.campaign import chaos as job
+
+    output.check_format(format, ("table", "json"))
+    found = job(run, rounds, seed, [k.strip() for k in kinds.split(",") if k.strip()] if kinds else None)
+    output.record(found, format)
+    if any(found[key] for key in ("lost", "doubled", "wrong", "beyond_the_bound", "foul")):
+        say(f"not as it should be: {printable(run)}/rounds.jsonl says what, and the folders of those rounds are kept")
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """The console script: runs the command and turns every ending into its exit code and a message of one to three lines."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # engines share their cores with decoders: threads that spin while they wait cost all of them
@@ -251,7 +272,7 @@ def main() -> None:
     except Fault as fault:
         code = _end(str(fault), fault.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _end("stopped; what is done is kept, and the same command resumes", Stopped.exit_code)
+        code = _end("stopped; nothing was written, and the same command begins again" if sys.argv[1:2] in ([verb] for verb in ASKING) else "stopped; what is done is kept, and the same command resumes", Stopped.exit_code)
     except typer.exceptions.TyperException as fault:
         text = fault.format_message()
         code = _end(printable(text) + " (--help of the verb lists what it takes)", 2) if not text.startswith("Usage:") else say(text) or 2

@@ -13,10 +13,12 @@ import os
 import signal
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -29,13 +31,21 @@ from pipeline.worker import Receipt
 Decode = Callable[[Unit], pa.Table]  # picklable
 MakeWriter = Callable[[], Callable[[pa.Table], Receipt]]  # picklable; called once a worker
 
+At = Callable[[str], AbstractContextManager]
+
 SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless one is asked for
 DECODE_CPUS = 0.5  # that a decode task reserves
 SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE"}  # of every worker: threads that spin beside decoders cost up to 20 times
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 ANSWER = 10.0  # seconds in which a cluster's head accepts a connection
 STARTS = 3  # times that Ray is started on this machine before it is given up
+PATIENCE = "FAULTLINE_PATIENCE"  # seconds without a finished unit, once there was one, after which the workers are believed to hang
+SLOWEST = 20  # and never fewer than so many times the longest pause so far
 ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
+
+
+class Hung(Exception):
+    """Workers are there, and nothing comes back of them: one hangs, or what it reads or writes does."""
 
 
 class Stream:
@@ -102,14 +112,20 @@ def in_this_process(address: str | None, actors: tuple[int, int] | None, samples
 
 
 @contextmanager
-def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str, address: str | None, actors: tuple[int, int] | None, samples: int) -> Iterator[Stream]:
-    """Workers for about `samples` samples, engines of `threads` threads: this process, or Ray's."""
+def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str, address: str | None, actors: tuple[int, int] | None, samples: int, at: At = nullcontext) -> Iterator[Stream]:
+    """Workers for about `samples` samples, engines of `threads` threads: this process, or Ray's. at: entered with the stem of each unit that this process works on."""
     if in_this_process(address, actors, samples):
-        write = make_writer()
-        yield Stream(lambda units, attempts: (write(decoder(unit)) for unit in units), "starting in this process (small work; --address local starts Ray)")
+        yield Stream(partial(_here, decoder, make_writer(), at), "starting in this process (small work; --address local starts Ray)")
         return
     ray = _start(address)
     yield Stream(lambda units, attempts: _stream(ray, decoder, make_writer, threads, device, actors, units, attempts), "waiting for the first unit: Ray's workers are starting (half a minute or so)")
+
+
+def _here(decoder: Decode, write: Callable[[pa.Table], Receipt], at: At, units: list[Unit], attempts: int) -> Iterator[Receipt]:
+    for unit in units:
+        with at(unit.stem):
+            receipt = write(decoder(unit))
+        yield receipt
 
 
 def _start(address: str | None):
@@ -190,7 +206,7 @@ def _muted() -> Iterator[None]:
 def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device: str, actors: tuple[int, int] | None, units: list[Unit], attempts: int) -> Iterator[Receipt]:
     """Receipts of `units` from Ray Data. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
 
-    Raises Stopped if no worker can be started at all.
+    Raises Stopped if no worker can be started at all, Hung if none comes back for long.
     """
     from ray.data import ActorPoolStrategy
 
@@ -213,11 +229,39 @@ def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device:
         _Writer, fn_constructor_args=(make_writer,), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, compute=pool, max_task_retries=attempts - 1, **where
     )  # fmt: skip
     try:
-        for row in line.iter_rows():
-            yield Receipt(**row)
+        with _alarm() as wait_again:
+            for row in line.iter_rows():
+                wait_again()
+                yield Receipt(**row)
     except (ray.exceptions.RayError, RuntimeError) as fault:
         text = str(fault).strip().splitlines()
         raise Stopped(f"Ray stopped the job: {printable(text[-1] if text else type(fault).__name__)[:300]}\nwhat is done is kept; the same command resumes") from None
+
+
+@contextmanager
+def _alarm() -> Iterator[Callable[[], None]]:
+    """What is given is called at each receipt; if it is not called for long after the first time, Hung is raised here, as Ctrl-C would be. Only a main thread can be told so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    patience, last, longest = float(os.environ.get(PATIENCE, "600")), None, 0.0
+
+    def ring(*_) -> None:
+        raise Hung
+
+    def wait_again() -> None:
+        nonlocal last, longest
+        now = time.monotonic()
+        longest = max(longest, now - last if last else 0)
+        last = now
+        signal.setitimer(signal.ITIMER_REAL, max(patience, SLOWEST * longest))
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        yield wait_again
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _decode(batch: pa.Table, decoder: Decode) -> pa.Table:

@@ -216,7 +216,7 @@ def _do(store: Store, experiment: Experiment, request: Request, dataset: str, ch
 
     work = Work(
         experiment.name, Gatherer.of(store, dataset, choice, experiment.columns, experiment.images), partial(ResultWriter, store.run, experiment, device, settings_digest(store.run, experiment.name)),
-        lambda unit: (folder / f"{unit.stem}.parquet").exists(), give_up, store.manifest().threads, device, request.address, request.actors,
+        lambda unit: (folder / f"{unit.stem}.parquet").exists(), give_up, store.manifest().threads, device, request.address, request.actors, folder / ".at",
     )  # fmt: skip
     samples = sum(count for _, count in todo)
     run_units(work, [unit for unit, _ in todo], samples, total, round(samples * experiment.weight))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import begin, cluster
+from jobs.crumb import Crumb
 from jobs.progress import ProgressBar, say
 from jobs.work import ATTEMPTS, Work, run_units
 from pipeline.errors import BadRequest, Stopped, printable
@@ -123,11 +125,17 @@ def admitted(store: Store, settings: Settings, source: Source, census: Census, m
     again = partial(look, source, census.asked, preprocessing=manifest.preprocessing if manifest else classifier.preprocessing)
     device = cluster.device_for(settings.device, settings.address)
     asked = begin.Asked(settings.model, settings.weights, settings.preprocess, settings.engine, settings.precision, settings.aggregation, settings.batch_size, device, store.run if manifest else None, _devkit(source, settings.devkit))
-    alone = not cluster.in_this_process(settings.address, settings.actors, census.samples)
-    admitted = begin.admit(asked, again(begin.LOOK), again, manifest, classifier, alone, settings.force)
+    crumb = Crumb(crumb_of(store, settings.dataset))
+    alone = crumb.deaths > 0 or not cluster.in_this_process(settings.address, settings.actors, census.samples)
+    with nullcontext() if alone else crumb.at("the first look"):
+        admitted = begin.admit(asked, again(begin.LOOK), again, manifest, classifier, alone, settings.force)
     if manifest is None:
         begin.write(store, admitted, classifier.network)
     return admitted
+
+
+def crumb_of(store: Store, dataset: str) -> Path:
+    return store.run / "datasets" / f".{dataset}.at"
 
 
 def _devkit(source: Source, given: str | None) -> dict[int, str] | None:
@@ -228,7 +236,7 @@ def do(store: Store, settings: Settings, manifest: Manifest, census: Census, tod
 
     work = Work(
         settings.dataset, Decoder(census.kind, census.root, manifest.preprocessing, manifest.classes), partial(UnitWriter, store.run, device), store.is_committed, give_up,
-        manifest.threads, device, settings.address, settings.actors,
+        manifest.threads, device, settings.address, settings.actors, crumb_of(store, settings.dataset),
     )  # fmt: skip
     return run_units(work, todo, sum(unit.samples for unit in todo), census.samples)
 

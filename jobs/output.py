@@ -65,7 +65,13 @@ def record(values: dict, format: str) -> None:
     if format == "json":
         _json(values)
     else:
-        table(["figure", "value"], [[key, f"{value:.4f}" if isinstance(value, float) else f"{value:,}"] for key, value in values.items()])
+        table(["figure", "value"], [[key, _figure(value)] for key, value in values.items()])
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count:,}" for name, count in value.items())
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def explained(found: dict, format: str) -> None:

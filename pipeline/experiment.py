@@ -197,7 +197,7 @@ class ResultWriter:
         """The unit's file is there when this returns, or the receipt's fault says why not. Its samples are those that were chosen."""
         start = time.monotonic()
         about = {key.decode(): value.decode() for key, value in gathered.schema.metadata.items()}
-        unit, fault, aside = Unit.from_json(about["unit"]), about["fault"], []
+        unit, fault, aside, refused = Unit.from_json(about["unit"]), about["fault"], [], False
         if not fault:
             try:
                 samples, profiles, aside = unpack(gathered)
@@ -208,11 +208,11 @@ class ResultWriter:
                 about_rows = {ASIDE: json.dumps(aside), MADE_WITH: self.made_with}
                 write_table(results_folder(self.run, self.experiment.name) / f"{unit.stem}.parquet", rows.replace_schema_metadata(about_rows), at("rows", unit))
             except OSError as error:
-                fault = f"{printable(self.run)} cannot be written: {printable(error)}"
+                fault, refused = f"{printable(self.run)} cannot be written: {printable(error)}", True
             except Exception as error:
                 text = str(error).strip().splitlines()
                 fault = f"{printable(unit.shard)} {unit.start}..{unit.stop}: {type(error).__name__}: {printable(text[0] if text else '')[:300]}"
-        return Receipt(unit.stem, gathered.num_rows, len(aside), time.monotonic() - start, fault)
+        return Receipt(unit.stem, gathered.num_rows, len(aside), time.monotonic() - start, fault, refused)
 
 
 def unpack(gathered: pa.Table) -> tuple[list[Sample], pa.Table, list[list[str]]]:

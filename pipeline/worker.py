@@ -38,13 +38,14 @@ DECODED = pa.schema(
 
 @dataclass(frozen=True)
 class Receipt:
-    """What comes back of a unit: never its rows. `fault` says why nothing was committed, or is empty."""
+    """What comes back of a unit: never its rows. `fault` says why nothing was committed, or is empty; `refused`: because the run cannot be written, as no other unit can then."""
 
     stem: str
     samples: int
     rejects: int
     seconds: float
     fault: str
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class UnitWriter:
         """The unit's files are there when this returns, or the receipt's fault says why not. What is committed already is not computed again."""
         start = time.monotonic()
         unit, fault = Unit.from_json(decoded["unit"][0].as_py()), decoded["fault"][0].as_py()
-        rejects = 0
+        rejects, refused = 0, False
         if not fault and not self.store.is_committed(unit):  # it is, where only its receipt was lost
             try:
                 reach("profile", unit)
@@ -93,11 +94,11 @@ class UnitWriter:
                 self.store.commit(unit, profiles, aside)
                 rejects = aside.num_rows
             except OSError as error:
-                fault = f"{printable(self.store.run)} cannot be written: {printable(error)}"
+                fault, refused = f"{printable(self.store.run)} cannot be written: {printable(error)}", True
             except Exception as error:
                 text = str(error).strip().splitlines()
                 fault = f"{printable(unit.shard)} {unit.start}..{unit.stop}: {type(error).__name__}: {printable(text[0] if text else '')[:300]}"
-        return Receipt(unit.stem, unit.samples, rejects, time.monotonic() - start, fault)
+        return Receipt(unit.stem, unit.samples, rejects, time.monotonic() - start, fault, refused)
 
 
 def _pack(unit: Unit, samples: list[Sample], fault: str) -> pa.Table:

@@ -15,7 +15,7 @@ import pytest
 import shards
 import tiny
 from PIL import Image
-from processes import running
+from jobs.chaos.processes import running
 
 from jobs.experiment import Request, carry_out
 from pipeline import experiment as machinery

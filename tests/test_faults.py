@@ -19,7 +19,7 @@ import pytest
 
 from jobs import digits
 from pipeline.store import Store
-from processes import Job, ending, finished, running, strangers
+from jobs.chaos.processes import Job, ending, finished, running, strangers
 from shards import encoded, picture, write_tar
 
 pytestmark = pytest.mark.processes

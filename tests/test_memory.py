@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from processes import Job, running, strangers
+from jobs.chaos.processes import Job, running, strangers
 from shards import encoded, write_tar
 
 pytestmark = pytest.mark.processes

@@ -1,6 +1,10 @@
 """Units that kill their workers: each is found, and nothing else is lost with it."""
 
-from contextlib import contextmanager
+import json
+import signal
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +40,7 @@ class Crowd:
 
     def run(self, monkeypatch, units):
         monkeypatch.setattr(cluster, "workers", self.workers)
-        job = work.Work("val", None, None, lambda unit: unit.stem in self.done, self.give_up, 1, "cpu", None, None)
+        job = work.Work("val", None, None, lambda unit: unit.stem in self.done, self.give_up, 1, "cpu", None, None, Path("/nonexistent"))
         return work.run_units(job, units, sum(u.samples for u in units), sum(u.samples for u in units))
 
 
@@ -61,3 +65,87 @@ def test_workers_that_always_die_stop_the_job_and_blame_no_sample(monkeypatch):
     with pytest.raises(Stopped, match="their workers died without a word"):
         crowd.run(monkeypatch, units(*((i, i + 1) for i in range(20))))
     assert crowd.aside == []
+
+
+def test_a_run_that_cannot_be_written_stops_the_job_at_once(monkeypatch):
+    """What is computed after that is computed in vain."""
+    asked = []
+
+    def stream(units, attempts):
+        for unit in units:
+            asked.append(unit)
+            yield Receipt(unit.stem, unit.samples, 0, 0.0, "the disk is full", refused=True)
+
+    crowd = Crowd(set())
+    crowd.stream = stream
+    with pytest.raises(Stopped, match="9 units of val were not done: the disk is full"):
+        crowd.run(monkeypatch, units(*((i, i + 1) for i in range(9))))
+    assert len(asked) == 1
+
+
+def test_a_job_that_died_twice_at_the_same_unit_is_done_by_processes_of_their_own(monkeypatch, tmp_path):
+    """A process that works by itself leaves word of what it was at; whatever else ends it takes the word away."""
+    crumb, where = tmp_path / "run/datasets/.val.at", []
+    for deaths, address in ((0, None), (1, None), (2, "local"), (0, None)):
+        if deaths:
+            crumb.parent.mkdir(parents=True, exist_ok=True)
+            crumb.write_text(json.dumps({"at": "a-00000000-00000001", "deaths": deaths}))
+
+        @contextmanager
+        def workers(decoder, writer, threads, device, address, actors, samples, at):
+            where.append(address)
+            with at("a-00000000-00000001"):
+                assert json.loads(crumb.read_text())["deaths"] == deaths + 1
+            yield cluster.Stream(Crowd.stream.__get__(crowd), "waiting")
+
+        crowd = Crowd(set())
+        monkeypatch.setattr(cluster, "workers", workers)
+        job = work.Work("val", None, None, lambda unit: unit.stem in crowd.done, crowd.give_up, 1, "cpu", None, None, crumb)
+        work.run_units(job, units((0, 1)), 1, 1)
+        assert where[-1] == address and not crumb.exists()
+
+
+def test_word_of_a_job_that_was_refused_leaves_no_folder(tmp_path):
+    from jobs.crumb import Crumb
+
+    with pytest.raises(ValueError), Crumb(tmp_path / "run/datasets/.val.at").at("the first look"):
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "torn").write_text("{")
+    assert Crumb(tmp_path / "torn").deaths == 0
+
+
+@pytest.mark.parametrize("hangs, ends", [(1, True), (2, True), (3, False)])
+def test_workers_that_hang_are_replaced_and_no_unit_is_blamed(monkeypatch, hangs, ends):
+    """Units that nothing came back of are begun again as they are, neither cut nor set aside; again and again is too often."""
+    crowd, left = Crowd(set()), [hangs]
+
+    def stream(these, attempts):
+        yield from crowd.honest(these[:2], attempts)
+        if left[0]:
+            left[0] -= 1
+            raise cluster.Hung
+        yield from crowd.honest(these[2:], attempts)
+
+    crowd.honest, crowd.stream = crowd.stream, stream
+    with nullcontext() if ends else pytest.raises(Stopped, match="4 units of val were not done: nothing came back 3 times"):
+        crowd.run(monkeypatch, units(*((2 * i, 2 * i + 2) for i in range(10))))
+    assert crowd.aside == [] and all(stem.endswith(tuple(f"{i:08d}" for i in range(2, 21, 2))) for stem in crowd.done)
+    assert (len(crowd.done) == 10) is ends
+
+
+def test_the_alarm_rings_where_nothing_comes_back(monkeypatch):
+    """Not before the first receipt, and not while receipts come; afterwards what rang before rings again."""
+    monkeypatch.setenv(cluster.PATIENCE, "0.2")
+    before = signal.getsignal(signal.SIGALRM)
+    with cluster._alarm() as wait_again:
+        time.sleep(0.3)
+        for _ in range(3):
+            wait_again()
+            time.sleep(0.1)
+    time.sleep(0.3)
+    start = time.monotonic()
+    with pytest.raises(cluster.Hung), cluster._alarm() as wait_again:
+        wait_again()
+        time.sleep(5)
+    assert time.monotonic() - start < 2 and signal.getsignal(signal.SIGALRM) is before

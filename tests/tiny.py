@@ -172,9 +172,9 @@ def call(*words: object) -> Ended:
 COMMAND = Path(sys.executable).with_name("faultline")
 
 
-def process(*words: object, **environment: str) -> Ended:
+def process(*words: object, seconds: float = 120, **environment: str) -> Ended:
     """The command as a process of its own, where `tiny:net` can be found."""
-    done = subprocess.run([COMMAND, *map(str, words)], capture_output=True, env=surroundings(**environment), timeout=120)
+    done = subprocess.run([COMMAND, *map(str, words)], capture_output=True, env=surroundings(**environment), timeout=seconds)
     return Ended(done.returncode, done.stdout, done.stderr.decode())
 
 

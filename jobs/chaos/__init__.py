@@ -1,0 +1,1 @@
+"""Faults on purpose, in real processes: whether every sample is there afterwards, once, and right."""

@@ -1,0 +1,197 @@
+"""Two long runs, watched: four nodes whose object stores are far smaller than the data while nodes and engines come and go, and hundreds of thousands of small images on one.
+
+    python tests/endurance.py nodes       a quarter of an hour on 2 cores
+    python tests/endurance.py soak
+    python tests/endurance.py draw        the figures of docs/reliability.md from what the other two have left in docs/data/reliability
+
+Benchmarks, not tests: what they found is committed. Nodes are processes of this machine (`ray.cluster_utils.Cluster`); they share its cores, its disk and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+DATA, IMAGES = ROOT / "docs/data/reliability", ROOT / "docs/images"
+NODES, STORE_MIB = 4, 80
+SIDE, EACH, SHARDS = 512, 64, 120  # a unit is EACH images of SIDE x SIDE pixels
+SOAK, SOAK_SHARD = 300_000, 10_000  # images of 32 x 32, and of a shard
+PAUSE = 2.0  # seconds between two looks
+NETWORK = '''
+from torch import nn, manual_seed
+from pipeline.samples import Preprocessing
+
+class Tiny(nn.Module):
+    preprocessing = Preprocessing(resize=None, crop=None)
+    def __init__(self):
+        super().__init__()
+        manual_seed(0)
+        self.conv, self.linear = nn.Conv2d(3, 4, 8, 8), nn.Linear(4, 10)
+    def forward(self, x):
+        return self.linear(self.conv(x).mean((2, 3)))
+'''
+
+
+def tree(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def held(processes: list[psutil.Process]) -> tuple[float, int]:
+    """(MiB of memory that nobody else shares, open file handles) of some processes together."""
+    memory, handles = 0.0, 0
+    for process in processes:
+        try:
+            info = process.memory_info()
+            memory += (info.rss - info.shared) / 2**20
+            handles += process.num_fds()
+        except psutil.Error:
+            continue
+    return memory, handles
+
+
+def nodes() -> None:
+    """`SHARDS` units, 50 MB each when decoded, over four stores of 80 MiB; a node is killed at a third and replaced, an engine is killed at two thirds."""
+    from ray.cluster_utils import Cluster
+
+    from jobs.chaos.ground import _family
+    from jobs.chaos.processes import Job
+    from shards import encoded, write_tar
+
+    work = Path(tempfile.mkdtemp(prefix="fl-"))
+    (work / "network.py").write_text(NETWORK)
+    for shard in range(SHARDS):
+        members = []
+        for i in range(EACH):
+            grey = np.full((SIDE, SIDE, 3), (shard * EACH + i) % 256, np.uint8)
+            members += [(f"{shard:03d}/{i:02d}.jpg", encoded(Image.fromarray(grey))), (f"{shard:03d}/{i:02d}.cls", b"1")]
+        write_tar(work / "shards" / f"{shard:03d}.tar", members)
+    os.environ["PYTHONPATH"] = f"{work}:{os.environ.get('PYTHONPATH', '')}"
+    args = {"num_cpus": 2, "object_store_memory": STORE_MIB * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=args | {"include_dashboard": False, "temp_dir": str(work / "ray")})
+    alive = {"head": cluster.head_node} | {f"node {i}": cluster.add_node(**args) for i in range(2, NODES + 1)}
+    run, looks, events, start = work / "run", [], [], time.monotonic()
+    committed = lambda: len(list((run / "profiles/val").glob("*.parquet")))  # noqa: E731
+    job = Job(work, "extract", "--run", run, "--dataset", "val", "--source", work / "shards", "--model", "network:Tiny", "--batch-size", 8, "--address", cluster.address, "--actors", f"2-{NODES}")
+    try:
+        while job.process.poll() is None:
+            done, now = committed(), time.monotonic() - start
+            look = {"seconds": round(now, 1), "units": done, "driver": round(held([job.process])[0], 1)}
+            for name, node in alive.items():
+                family = [p for info in node.all_processes.get("raylet", []) for p in _family(info.process.pid)]
+                look[name] = round(held(family)[0], 1)
+            looks.append(look)
+            if done >= SHARDS // 3 and not events:
+                node = alive.pop("node 4")
+                for p in [p for info in node.all_processes.get("raylet", []) for p in _family(info.process.pid)]:
+                    p.kill()
+                cluster.remove_node(node, allow_graceful=False)
+                events.append({"seconds": round(now, 1), "what": "node 4 killed"})
+            elif done >= SHARDS // 2 and len(events) == 1:
+                alive["node 5"] = cluster.add_node(**args)
+                events.append({"seconds": round(now, 1), "what": "node 5 joins"})
+            elif done >= 2 * SHARDS // 3 and len(events) == 2:
+                engine = next((p for p in psutil.Process().children(recursive=True) if "_Writer" in " ".join(p.cmdline())), None)
+                if engine:
+                    engine.kill()
+                    events.append({"seconds": round(now, 1), "what": "an engine killed"})
+            time.sleep(PAUSE)
+        found = {
+            "nodes": NODES, "store_mib": STORE_MIB, "decoded_mib": round(SHARDS * EACH * SIDE * SIDE * 3 / 2**20), "samples": SHARDS * EACH, "exit_code": job.process.poll(),
+            "seconds": round(time.monotonic() - start, 1), "said": job.stderr().strip().splitlines()[-1], "events": events, "looks": looks,
+        }  # fmt: skip
+    finally:
+        job.clear()
+        cluster.shutdown()
+    write("nodes.json", found)
+    shutil.rmtree(work)
+
+
+def soak() -> None:
+    """`SOAK` images of 32 x 32 through one engine, real ones where FAULTLINE_DATA has CIFAR-10's, each many times under IDs of its own."""
+    from jobs.chaos.processes import Job
+
+    work = Path(tempfile.mkdtemp(prefix="fl-"))
+    (work / "network.py").write_text(NETWORK)
+    os.environ["PYTHONPATH"] = f"{work}:{os.environ.get('PYTHONPATH', '')}"
+    chance = np.random.default_rng(0)
+    (work / "images").mkdir()
+    for shard in range(SOAK // SOAK_SHARD):
+        np.savez(work / "images" / f"{shard:03d}.npz", images=chance.integers(0, 256, (SOAK_SHARD, 32, 32, 3), np.uint8), labels=chance.integers(0, 10, SOAK_SHARD))
+    run, looks, start = work / "run", [], time.monotonic()
+    job = Job(work, "extract", "--run", run, "--dataset", "val", "--source", work / "images", "--model", "network:Tiny", "--address", "local", "--force")
+    try:
+        while job.process.poll() is None:
+            family = job.family()
+            groups = {"driver": [job.process], "engine": titled(family, "_Writer"), "decode workers": titled(family, "_decode", "ray::IDLE")}
+            look = {"seconds": round(time.monotonic() - start, 1), "units": len(list((run / "profiles/val").glob("*.parquet")))}
+            for name, processes in groups.items():
+                memory, handles = held(processes)
+                look |= {name: round(memory, 1), f"{name}, handles": handles}
+            looks.append(look)
+            time.sleep(PAUSE)
+        found = {"samples": SOAK, "exit_code": job.process.poll(), "seconds": round(time.monotonic() - start, 1), "said": job.stderr().strip().splitlines()[-1], "looks": looks}
+    finally:
+        job.clear()
+    write("soak.json", found)
+    shutil.rmtree(work)
+
+
+def titled(processes: list[psutil.Process], *words: str) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if any(word in title for word in words):
+            found.append(process)
+    return found
+
+
+def write(name: str, found: dict) -> None:
+    DATA.mkdir(parents=True, exist_ok=True)
+    (DATA / name).write_text(json.dumps(found) + "\n")
+    print({key: value for key, value in found.items() if key != "looks"})
+
+
+def draw() -> None:
+    """Memory over time, a line a node or a process; what happened is written where it happened."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "endurance"
+    from matplotlib import pyplot
+
+    for name, title in (("nodes", "memory of each node's processes"), ("soak", "memory of each kind of process")):
+        if not (DATA / f"{name}.json").exists():
+            continue
+        found = json.loads((DATA / f"{name}.json").read_text())
+        figure, axes = pyplot.subplots(figsize=(8, 3.4), layout="constrained")
+        lines = dict.fromkeys(key for look in found["looks"] for key in look if key not in ("seconds", "units") and "handles" not in key)
+        for i, key in enumerate(lines):
+            looks = [look for look in found["looks"] if key in look]
+            axes.plot([look["seconds"] for look in looks], [look[key] for look in looks], label=key, color=str(0.12 * i), linestyle=["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))][i % 5])
+        for event in found.get("events", []):
+            axes.axvline(event["seconds"], color="0.7", linewidth=1, zorder=0)
+            axes.text(event["seconds"], 1.01, event["what"], transform=axes.get_xaxis_transform(), rotation=20, ha="left", va="bottom", fontsize=7)
+        axes.set(xlabel="seconds", ylabel=f"MiB, not shared\n({title})", ylim=(0, None))
+        axes.legend(fontsize=7, ncols=3, frameon=False, loc="lower right")
+        figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
+        print(IMAGES / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    {"nodes": nodes, "soak": soak, "draw": draw}[sys.argv[1]]()
