@@ -20,7 +20,7 @@ from jobs.cluster import PATIENCE
 from pipeline.store import Store
 
 AGAIN = 4  # times that the command is given again before the job is believed lost
-PATIENCE = 240.0  # seconds that one job may take
+LONGEST = 240.0  # seconds that one job may take
 PACE = 0.08  # seconds that a unit takes longer where a moment between two units is wanted
 
 
@@ -105,10 +105,10 @@ class Round:
     def end(self, *expected: int) -> int:
         """Waits for the job; another exit code than `expected`, or words that are not ours, are foul."""
         try:
-            code = self.job.wait(PATIENCE)
+            code = self.job.wait(LONGEST)
         except AssertionError:
             code, expected = -1000, (*expected, -1000)
-            self.foul.append(f"still at work after {PATIENCE:.0f} s")
+            self.foul.append(f"still at work after {LONGEST:.0f} s")
         self.codes.append(code)
         stderr = self.job.stderr()
         if code not in expected:
