@@ -173,7 +173,7 @@ def take_census(store: Store, settings: Settings, source: Source, names: list[st
         if which:
             raise BadRequest(f"--source: {printable(', '.join(which[:3]))} {'is' if what[0] == 'p' else 'has'} {what}; put it back, or extract into another --dataset")
     if not samples:
-        raise BadRequest(f"--source: {printable(settings.source)} holds no sample")
+        raise BadRequest(f"--source: {printable(settings.source)} holds no sample: give shards that hold some")
     ids.refuse_doubles()
     counted = {shard.name for shard in shards}
     forgotten = tuple(shard for shard in known.values() if shard.name not in counted)  # not asked for now, and still part of the data set
