@@ -127,7 +127,8 @@ def decode(raw: RawSample, preprocessing: Preprocessing, classes: int) -> Sample
     if raw.fault:
         return Sample(raw.sample_id, reason=raw.fault)
     if not 0 <= raw.label < classes:
-        return Sample(raw.sample_id, reason=f"label {raw.label} is outside the network's classes 0..{classes - 1}")
+        shown = str(raw.label) if abs(raw.label) < 10**20 else f"of {len(str(abs(raw.label)))} digits"
+        return Sample(raw.sample_id, reason=f"label {shown} is outside the network's classes 0..{classes - 1}")
     if not raw.image:
         return Sample(raw.sample_id, reason="the image is empty (0 bytes)")
     try:

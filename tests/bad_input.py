@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import stat
 import threading
 import time
@@ -22,7 +23,7 @@ import tiny
 PATIENCE = 20.0  # seconds after which a command counts as hanging
 REMEDY = re.compile(
     r"(: |; |, or |\) |\n)(and )?(add|append|ask|begin|choose|copy|extract|fetch|give|index|leave|make|merely|move|name|pack|put|remove|rename|repack|restore|run|save|say|transpose|unpack|write|use|rerun|wait|free)\b"
-    r"|--force goes on|the same command resumes|what is( read here)?: |are needed|is needed|want their channel|give the same command|transpose\(|they are|must follow each other"
+    r"|--force goes on|the same command resumes|what is( read here)?: |are needed|is needed|want their channel|give the same command|transpose\(|they are|must follow each other|: tar xf"
 )
 
 
@@ -80,3 +81,11 @@ def no_hanging(folder: Path):
     finally:
         timer.cancel()
     assert time.monotonic() - start < PATIENCE, "it hung"
+
+
+def forget(run: Path, dataset: str) -> None:
+    """Take a data set away again."""
+    for folder in ("profiles", "rejects"):
+        shutil.rmtree(run / folder / dataset, ignore_errors=True)
+    for file in (f"{dataset}.json", f".{dataset}.lock"):
+        (run / "datasets" / file).unlink(missing_ok=True)

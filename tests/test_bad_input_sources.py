@@ -20,18 +20,11 @@ def run(small, tmp_path_factory) -> Path:
 
 
 def extract(run: Path, spec: Path, *more: object) -> tuple[tiny.Ended, dict[str, str], dict[str, str]]:
-    """(how it ended, the run's files before, the run's files after), within bounded time; what a data set left is taken away again by `forget`."""
+    """(how it ended, the run's files before, the run's files after), within bounded time; what a data set left is taken away by `forget`."""
     before = bad_input.digests(run)
     with bad_input.no_hanging(spec.parent):
         ended = tiny.call("extract", "--run", run, "--dataset", DATASET, "--source", spec, "--model", tiny.MODEL, *more)
     return ended, before, bad_input.digests(run)
-
-
-def forget(run: Path) -> None:
-    for folder in ("profiles", "rejects"):
-        shutil.rmtree(run / folder / DATASET, ignore_errors=True)
-    for file in (f"{DATASET}.json", f".{DATASET}.lock"):
-        (run / "datasets" / file).unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +37,7 @@ def clean(run, tmp_path_factory):
             ended, _, _ = extract(run, table.KINDS[kind](tmp_path_factory.mktemp("clean")).spec)
             assert ended.code == 0, ended.err
             known[kind] = bad_input.rows(run, DATASET)
-            forget(run)
+            bad_input.forget(run, DATASET)
         return known[kind]
 
     return rows
@@ -76,7 +69,7 @@ def test_a_damaged_file(run, clean, tmp_path, kind, damage):
             assert lost.keys() == (missing if outcome == "aside" else set())
             assert len(missing) == (table.COUNT if kind in table.SHARDS else 1)
     finally:
-        forget(run)
+        bad_input.forget(run, DATASET)
 
 
 @pytest.mark.parametrize("kind, damage", table.NAMED, ids=lambda word: word.replace(" ", "-"))

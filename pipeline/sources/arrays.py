@@ -55,7 +55,7 @@ class Header:
 
     def check_images(self) -> None:
         """Raises ValueError with the remedy."""
-        if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape[1:]:
+        if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or min(self.shape[1:]) < 1 or self.shape[0] < 0:
             hint = "transpose(0, 2, 3, 1) makes them so" if len(self.shape) == 4 and self.shape[1] == 3 else "grey images want their channel three times" if len(self.shape) == 3 else "save 0..255 as uint8"
             raise Unfit(f"its images are {self.dtype} {self.shape}, not uint8 (N, H, W, 3): {hint}")
 

@@ -25,7 +25,7 @@ from pipeline.sources.files import MOST_BYTES  # a few kilobytes of gzip can sta
 MARK_EVERY = 128  # samples between two places from which reading can begin
 EMPTY = 10240  # bytes of a tar without members, all of them zeros
 PARKED = 4  # streams that a process keeps open
-FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error)
+FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError)  # what damaged archives make their reader raise
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 Key = Callable[[tarfile.TarInfo], str]
 
