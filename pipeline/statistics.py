@@ -6,6 +6,7 @@ where it came from and with which aggregation, since |mean(grad)| and mean(|grad
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,13 @@ def moments(blocks: Iterable[np.ndarray], filters: int) -> Moments:
     return total
 
 
+def _real(values):
+    """A torch tensor as it is. Raises ValueError for complex numbers, of which torch would drop a half."""
+    if values.is_complex():
+        raise ValueError
+    return values
+
+
 def import_published(path: Path, aggregation: str, layout: FilterLayout) -> Reference:
     """Somebody else's `mean` and `std`, as the authors publish them: a `.pth` dict of two vectors [F] in vector order.
 
@@ -107,15 +115,20 @@ def import_published(path: Path, aggregation: str, layout: FilterLayout) -> Refe
     """
     import torch
 
+    if not Path(path).is_file():  # a pipe, too: reading it might never end
+        raise BadRequest(f"{'no regular file is' if Path(path).exists() else 'there is no file'} {printable(path)}: give a torch file with a dict of two vectors, mean and std")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        mean, std = (np.asarray(torch.as_tensor(saved[key]).double()).reshape(-1) for key in ("mean", "std"))
-    except FileNotFoundError:
-        raise BadRequest(f"there is no file {printable(path)}") from None
+        with warnings.catch_warnings(action="ignore"):  # about a pickle's protocol, before it is refused
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict):
+            raise TypeError
+        mean, std = (np.asarray(_real(torch.as_tensor(saved[key])).double()).reshape(-1) for key in ("mean", "std"))
     except Exception as fault:
         raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}); a torch file with a dict of two vectors, mean and std, is needed") from None
-    if len(mean) != layout.total or len(std) != layout.total:
-        raise BadRequest(f"{printable(path)} is about {len(mean)} filters, this run's network has {layout.total}: it belongs to another model")
+    if len(mean) != len(std):
+        raise BadRequest(f"{printable(path)} holds {len(mean)} means and {len(std)} stds: save one of each for every filter")
+    if len(mean) != layout.total:
+        raise BadRequest(f"{printable(path)} is about {len(mean)} filters, this run's network has {layout.total}: it belongs to another model; give the statistics of this one")
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
-        raise BadRequest(f"{printable(path)} holds values that are not finite, or a negative std")
+        raise BadRequest(f"{printable(path)} holds values that are not finite, or a negative std: save them again, as they were computed")
     return Reference(mean, std, 0, aggregation, f"{IMPORTED}{Path(path).name}")

@@ -10,8 +10,8 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import stat
-import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +23,7 @@ import tiny
 PATIENCE = 20.0  # seconds after which a command counts as hanging
 REMEDY = re.compile(
     r"(: |; |, or |\) |\n)(and )?(add|append|ask|begin|choose|copy|extract|fetch|give|index|leave|make|merely|move|name|pack|put|remove|rename|repack|restore|run|save|say|transpose|unpack|write|use|rerun|wait|free)\b"
-    r"|--force goes on|the same command resumes|what is( read here)?: |are needed|is needed|want their channel|give the same command|transpose\(|they are|must follow each other|: tar xf"
+    r"|--force goes on|the same command resumes|what is( read here)?: |are needed|is needed|want their channel|give the same command|transpose\(|they are|must follow each other|: tar xf| is not one of "
 )
 
 
@@ -74,12 +74,17 @@ def no_hanging(folder: Path):
                 if stat.S_ISFIFO(os.stat(path).st_mode):
                     os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
 
-    timer, start = threading.Timer(PATIENCE, wake), time.monotonic()
-    timer.start()
+    def stop(*_: object) -> None:
+        wake()
+        raise AssertionError("it hung")
+
+    start, before = time.monotonic(), signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     try:
         yield
     finally:
-        timer.cancel()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert time.monotonic() - start < PATIENCE, "it hung"
 
 
