@@ -233,11 +233,19 @@ def save_weights(network: torch.nn.Module, path: Path) -> None:
     os.replace(partial, path)
 
 
-def restore(model: str, weights: Path) -> torch.nn.Module:
-    """The network of a run again, from its name and the weights kept in the run directory."""
-    state, _ = read_weights(str(weights))
-    network = build(model, state)
-    fit(network, state, model)
+def restore(model: str, weights: Path, digest: str | None = None) -> torch.nn.Module:
+    """The network of a run again, from its name and the weights kept in the run directory. Raises BadRequest if they are not those of `digest`, with the remedy."""
+    try:
+        state, found = read_weights(str(weights))
+        if digest not in (None, found):
+            raise BadRequest("its digest is not the one in run.json")
+        network = build(model, state)
+        fit(network, state, model)
+    except BadRequest as fault:
+        if "--model" in str(fault):
+            raise
+        why = "it is not there" if not weights.exists() else "its digest is not the one in run.json" if digest else str(fault).partition(": ")[2]
+        raise BadRequest(f"{printable(weights)}, the run's own weights, cannot be used ({why}): remove it, and give the faultline extract command again, which writes it anew") from None
     return network.float().eval().requires_grad_(False)
 
 

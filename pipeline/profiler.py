@@ -26,7 +26,7 @@ from pipeline.manifest import Manifest
 from pipeline.samples import Sample
 from pipeline.saliency import make_engine, set_precision
 from pipeline.saliency.loss import cross_entropy
-from pipeline.store import REJECTS, profiles_schema
+from pipeline.store import MADE_BY, REJECTS, profiles_schema
 
 
 class Profiler:
@@ -44,7 +44,7 @@ class Profiler:
         """From a run directory alone, on any machine that reaches it."""
         manifest = Manifest.read(run)
         models.reach(manifest.import_root)
-        return cls(manifest, models.restore(manifest.model, run / "weights.safetensors"), device)
+        return cls(manifest, models.restore(manifest.model, run / "weights.safetensors", manifest.saved_sha256), device)
 
     def profile(self, samples: list[Sample], shard: str, start: int) -> tuple[pa.Table, pa.Table]:
         """(profiles, rejects) of one unit, the samples from position `start` of a shard on; both in the order of the samples.
@@ -110,7 +110,7 @@ class Profiler:
         return tuple(t[list(places)].float().cpu().numpy() for t in result)
 
     def _table(self, samples: list[Sample], rows: list[tuple[np.ndarray, np.ndarray]], shard: str) -> pa.Table:
-        schema = profiles_schema(self.manifest.layers.total)
+        schema = profiles_schema(self.manifest.layers.total).with_metadata({MADE_BY: self.manifest.fingerprint})
         if not samples:
             return schema.empty_table()
         logits = torch.from_numpy(np.stack([logits for _, logits in rows])).double()

@@ -81,15 +81,15 @@ class Reference:
     def read(cls, path: Path, layout: FilterLayout) -> Reference:
         """Raises BadRequest if the file is absent, damaged, or of another network."""
         try:
-            with pq.ParquetFile(path) as parquet:
+            with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
                 table = parquet.read()
             layers = list(zip(table["layer"].to_pylist(), table["filter"].to_pylist()))
             about = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
             reference = cls(table["mean"].to_numpy(), table["std"].to_numpy(), table["count"][0].as_py(), about["aggregation"], about["origin"])
-        except (OSError, pa.ArrowException, KeyError, IndexError) as fault:
-            raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}): remove it and run faultline index again") from None
+        except (OSError, pa.ArrowException, KeyError, IndexError, UnicodeDecodeError) as fault:
+            raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}): remove it, and run faultline index again (or faultline statistics import, if they were imported)") from None
         if layers != [(name, i) for name, filters in layout.layers for i in range(filters)]:
-            raise BadRequest(f"{printable(path)} holds the statistics of another network: {len(layers)} filters where this run has {layout.total}")
+            raise BadRequest(f"{printable(path)} holds the statistics of another network: {len(layers)} filters where this run has {layout.total}: remove it, and run faultline index again")
         return reference
 
 

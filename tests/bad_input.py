@@ -22,8 +22,8 @@ import tiny
 
 PATIENCE = 20.0  # seconds after which a command counts as hanging
 REMEDY = re.compile(
-    r"(: |; |, or |\) |\n)(and )?(add|append|ask|begin|choose|copy|extract|fetch|give|index|leave|make|merely|move|name|pack|put|remove|rename|repack|restore|run|save|say|transpose|unpack|write|use|rerun|wait|free)\b"
-    r"|--force goes on|the same command resumes|what is( read here)?: |are needed|is needed|want their channel|give the same command|transpose\(|they are|must follow each other|: tar xf| is not one of "
+    r"(: |; |, or |\) |\n)(and )?(add|append|ask|begin|build|choose|copy|extract|fetch|give|index|leave|make|merely|move|name|pack|put|remove|rename|repack|restore|run|save|say|transpose|unpack|write|use|rerun|wait|free)\b"
+    r"|--force goes on|the same command resumes|what is( read here)?: |are needed|is needed|want their channel|give the same command|transpose\(|they are|must follow each other|: tar xf|; it has: | is not one of "
 )
 
 
