@@ -71,13 +71,18 @@ def _write(store: Store, folder: Path, datasets: list[str], subset: str, standar
 
     folder.mkdir(exist_ok=True)
 
+    parity = np.uint32(0)
+
     def write(partial: Path) -> None:
+        nonlocal parity
         rows_partial = folder / f".rows.{partial.name}"
-        with open(partial, "wb") as out, pq.ParquetWriter(rows_partial, ROWS.with_metadata({"identity": about["identity"]}), compression="zstd") as rows:
+        with open(partial, "wb") as out, pq.ParquetWriter(rows_partial, ROWS.with_metadata({"identity": about["identity"]}), compression="zstd", write_page_checksum=True) as rows:
             out.write(flat_header(about["rows"], about["filters"]))
             for dataset in datasets:
                 for vectors, table in _rows(store, dataset, subset, standard, tick):
-                    out.write(np.ascontiguousarray(vectors, "<f4").data)
+                    vectors = np.ascontiguousarray(vectors, "<f4")
+                    out.write(vectors.data)
+                    parity ^= parity_of(vectors)
                     rows.write_table(table)
         if identity(store, datasets, about["reference"], subset)["identity"] != about["identity"]:
             raise _changed(datasets)
@@ -91,7 +96,12 @@ def _write(store: Store, folder: Path, datasets: list[str], subset: str, standar
     finally:
         for stale in folder.glob(".rows.*"):
             stale.unlink(missing_ok=True)
-    write_json(folder / "index.json", about)
+    write_json(folder / "index.json", about | {"parity": int(parity)})
+
+
+def parity_of(vectors: np.ndarray) -> np.uint32:
+    """The bits of all numbers float32 [N, F], in one piece, laid over each other (xor): another as soon as a byte of them is. As fast as memory is."""
+    return np.bitwise_xor.reduce(vectors.reshape(-1).view(np.uint32), initial=0)
 
 
 def _changed(datasets: list[str]) -> BadRequest:
@@ -131,7 +141,7 @@ def ensure_reference(store: Store, reference: str, tick: Callable[[str, int, int
     if found.count < 2:
         raise BadRequest(f"--reference: {printable(reference)} has {found.count} profiles; a standard deviation needs two or more")
     standard = Reference(found.mean, found.std, found.count, store.manifest().aggregation, origin)
-    replace_file(path, lambda partial: pq.write_table(standard.table(layout), partial), at("statistics"))
+    replace_file(path, lambda partial: pq.write_table(standard.table(layout), partial, write_page_checksum=True), at("statistics"))
     return standard
 
 

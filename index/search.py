@@ -1,6 +1,6 @@
 """An index on disk -> the nearest of its vectors: exact cosine search over all filters or a range, in all data sets or one.
 
-Vectors stay on disk and are mapped into memory, so opening an index costs the same for a thousand samples and for a million.
+Vectors stay on disk and are mapped into memory; opening an index reads them once, at the speed of memory, to see that no byte has changed.
 A data set is a contiguous range of rows, and a range of filters a slice of columns; both are cut out before the search, never filtered
 after it, so k neighbours are found wherever k exist.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from index.build import identity, normalise
+from index.build import identity, normalise, parity_of
 from pipeline.errors import BadRequest, closest, printable
 from pipeline.manifest import read_json
 from pipeline.store import Store, read_table
@@ -33,9 +33,9 @@ class Index:
         if not (self.folder / "index.json").exists():
             raise BadRequest(f"the index {printable(self.folder)} is unfinished: run faultline index again")
         try:
-            self.about = read_json(self.folder / "index.json")
+            self.about = read_json(self.folder / "index.json", "run faultline index again")
         except BadRequest:
-            raise BadRequest(f"the index {printable(self.folder)} cannot be read (its index.json): run faultline index again") from None
+            raise BadRequest(f"the index {printable(self.folder)} cannot be read (its index.json is damaged): run faultline index again") from None
         try:
             now = identity(store, list(self.about["datasets"]), self.about["reference"], self.about["subset"])
             if now["identity"] != self.about["identity"]:
@@ -45,17 +45,24 @@ class Index:
             self.rows = read_table(self.folder / "rows.parquet")
             self._flat = faiss.read_index(str(self.folder / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as fault:
-            raise BadRequest(f"the index {printable(self.folder)} cannot be read ({type(fault).__name__}): run faultline index again") from None
+            why = f"{fault.strerror}: {fault.filename}" if isinstance(fault, OSError) and fault.filename else type(fault).__name__
+            raise BadRequest(f"the index {printable(self.folder)} cannot be read ({printable(why)}): run faultline index again") from None
         made = (self.rows.schema.metadata or {}).get(b"identity", b"").decode()
         if made != self.about["identity"] or self._flat.ntotal != self.rows.num_rows or self._flat.d != self.about["filters"]:
             raise BadRequest(f"the index {printable(self.folder)} is being rebuilt or was left half built: run faultline index again")
-        self.vectors = faiss.rev_swig_ptr(self._flat.get_xb(), self._flat.ntotal * self._flat.d).reshape(self._flat.ntotal, self._flat.d)
+        self.vectors = self._whole(faiss.rev_swig_ptr(self._flat.get_xb(), self._flat.ntotal * self._flat.d).reshape(self._flat.ntotal, self._flat.d))
+
+    def _whole(self, vectors: np.ndarray) -> np.ndarray:
+        """The vectors as they were built: all of them are looked at, as an exact search will. Raises BadRequest if a byte has changed."""
+        if self.about.get("parity") not in (None, int(parity_of(vectors))):
+            raise BadRequest(f"the index {printable(self.folder)} is damaged (vectors in its index.faiss are not those that were built): run faultline index again")
+        return vectors
 
     def is_current(self, store: Store) -> bool:
         """Whether what was opened is still what lies on the disk, and still what would be built from the run as it is now."""
         try:
             now = identity(store, self.datasets, self.about["reference"], self.about["subset"])["identity"]
-            return now == self.about["identity"] == read_json(self.folder / "index.json").get("identity")
+            return now == self.about["identity"] == read_json(self.folder / "index.json", "run faultline index again").get("identity")
         except (BadRequest, OSError):
             return False
 

@@ -70,7 +70,7 @@ class Asked:
             return models.load(self.model, self.weights, self.preprocess)
         manifest = Store(self.saved).manifest()
         models.reach(manifest.import_root)
-        network = models.restore(self.model, self.saved / "weights.safetensors")
+        network = models.restore(self.model, self.saved / "weights.safetensors", manifest.saved_sha256)
         return models.Classifier(network, manifest.preprocessing, manifest.class_names, manifest.weights_sha256, manifest.promised_top1)
 
 
@@ -181,9 +181,19 @@ def write(store: Store, manifest: Manifest, network: torch.nn.Module) -> None:
     try:
         store.run.mkdir(parents=True, exist_ok=True)
         models.save_weights(network, store.run / "weights.safetensors")
-        manifest.write(store.run)
+        replace(manifest, saved_sha256=models.file_sha256(store.run / "weights.safetensors")).write(store.run)
     except OSError as fault:
         raise BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)}); choose another folder") from None
+
+
+def save_weights(store: Store, network: torch.nn.Module) -> None:
+    """A run's weights again, where somebody removed them. Raises BadRequest if the folder cannot be written."""
+    from pipeline import models
+
+    try:
+        models.save_weights(network, store.run / "weights.safetensors")
+    except OSError as fault:
+        raise BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)}); make it writable") from None
 
 
 def _version(package: str) -> str:

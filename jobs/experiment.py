@@ -176,7 +176,7 @@ def _discards(store: Store, name: str, settings: dict, fresh: bool | None, quiet
     path = results_folder(store.run, name) / "settings.json"
     if fresh or not path.exists():
         return bool(fresh)
-    before = read_json(path)
+    before = read_json(path, "add --fresh to discard what lies there, and compute it anew")
     words = {"run": "the run itself has changed", "profiles": f"the profiles of {' or '.join(map(printable, (settings['dataset'], *settings.get('datasets', ()))))} have changed", "statistics_sha256": f"the statistics of {printable(settings['reference'])} have changed"}
     faults = [words.get(key) or f"{key.replace('_', ' ')} {_short(before.get(key))}, not {_short(settings.get(key))}" for key in dict.fromkeys([*settings, *before]) if before.get(key) != settings.get(key)]
     if faults and fresh is False:
@@ -227,7 +227,8 @@ def _summary(verb: Verb, store: Store, dataset: str, reference: Reference, setti
     name = verb.experiment.name
     folder = results_folder(store.run, name)
     figures = [folder / f"{figure}{suffix}" for figure in verb.figures for suffix in (".png", ".svg")]
-    if not (folder / "summary.json").exists():
+    path, remedy = folder / "summary.json", "remove it, and give the same command again, which makes it anew"
+    if not path.exists() or read_json(path, remedy).get("settings") != settings:  # or another run's
         missing = stems - {file.stem for file in results(store.run, name)}
         if missing:
             raise undone(name, len(missing), f"{sorted(missing)[0]} is not there")
@@ -239,7 +240,7 @@ def _summary(verb: Verb, store: Store, dataset: str, reference: Reference, setti
         for figure in figures:
             figure.unlink(missing_ok=True)
         write_json(folder / "summary.json", summary)
-    summary = read_json(folder / "summary.json")
+    summary = read_json(path, remedy)
     if not all(figure.exists() for figure in figures):
         verb.draw(store, summary, folder)
     say(f"figures: {printable(folder)}/{{{','.join(verb.figures)}}}.{{png,svg}}")

@@ -21,7 +21,7 @@ from jobs.progress import ProgressBar, say
 from jobs.work import ATTEMPTS, Work, run_units
 from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.locks import hold
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, holds_profiles
 from pipeline.sources import Shard, Source, open_source
 from pipeline.sources.doubles import Ids
 from pipeline.statistics import IMPORTED, Reference
@@ -158,7 +158,7 @@ def refuse_imported(store: Store, dataset: str) -> None:
 def take_census(store: Store, settings: Settings, source: Source, names: list[str]) -> Census:
     """Count the shards, or remember their counts. Raises BadRequest if a shard is damaged or not what this data set was made from, or if an ID stands twice."""
     known: dict[str, Shard] = {}
-    if settings.dataset in store.datasets():
+    if store.is_counted(settings.dataset):
         before = store.census(settings.dataset)
         if (before.kind, before.root) != (source.kind, source.root):
             raise BadRequest(f"--source: data set '{printable(settings.dataset)}' of this run comes from {printable(before.spec)} ({before.kind} in {printable(before.root)}), not {printable(settings.source)}; give another --dataset or --run")
@@ -181,7 +181,7 @@ def take_census(store: Store, settings: Settings, source: Source, names: list[st
         if which:
             raise BadRequest(f"--source: {printable(', '.join(which[:3]))} {'is' if what[0] == 'p' else 'has'} {what}; put it back, or extract into another --dataset")
     if not samples:
-        raise BadRequest(f"--source: {printable(settings.source)} holds no sample")
+        raise BadRequest(f"--source: {printable(settings.source)} holds no sample: give shards that hold some")
     ids.refuse_doubles()
     counted = {shard.name for shard in shards}
     forgotten = tuple(shard for shard in known.values() if shard.name not in counted)  # not asked for now, and still part of the data set
@@ -197,17 +197,20 @@ def _count(ids: Ids, name: str) -> Shard | BadRequest:
 
 def matching(store: Store, settings: Settings) -> Manifest | None:
     """The run as it was begun, or None if it is new. Raises BadRequest, naming the difference, if other settings are asked for."""
-    if not (store.run / "run.json").exists():
+    if not (store.run / "run.json").exists() and not holds_profiles(store.run):
         return None
     manifest = store.manifest()
     engine = None if settings.engine == "auto" else settings.engine
     asked = {"model": settings.model, "aggregation": settings.aggregation, "precision": settings.precision, "engine": engine, "batch_size": settings.batch_size}
     manifest.must_match(asked, store.run)
-    if settings.preprocess or not _is_same_file(settings.weights, manifest.weights_sha256):
+    lost = not (store.run / "weights.safetensors").exists()
+    if settings.preprocess or lost or not _is_same_file(settings.weights, manifest.weights_sha256):
         from pipeline import models
 
         again = models.load(settings.model, settings.weights, settings.preprocess)
         manifest.must_match({"weights_sha256": again.weights_sha256, "preprocessing": again.preprocessing}, store.run)
+        if lost:
+            begin.save_weights(store, again.network)
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -26,17 +27,24 @@ def replace_file(path: Path, write: Callable[[Path], object], reach: Callable[[s
         if reach:
             reach("written")
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as fault:
         partial.unlink(missing_ok=True)
+        if isinstance(fault, OSError) and fault.errno:
+            raise OSError(fault.errno, os.strerror(fault.errno), str(path)) from fault  # which file, and not its passing name
         raise
     if reach:
         reach("renamed")
 
 
-def write_json(path: Path, value: object, what: str | None = None) -> None:
-    """`value` as JSON, whole or not at all. what: the name of its failpoints."""
-    text = json.dumps(value, indent=1) + "\n"
+def write_json(path: Path, value: dict, what: str | None = None, free: tuple[str, ...] = ()) -> None:
+    """`value` as JSON, whole or not at all, its last entry a checksum of the others, but for those that anybody is `free` to change. what: the name of its failpoints."""
+    text = json.dumps(value | {"checksum": checksum(value, free)}, indent=1) + "\n"
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), at(what) if what else None)
+
+
+def checksum(value: dict, free: tuple[str, ...] = ()) -> str:
+    """Of what JSON says, however it is laid out: the same before it was written and after it was read."""
+    return hashlib.sha256(json.dumps({key: entry for key, entry in value.items() if key not in free}).encode()).hexdigest()[:16]
 
 
 def at(what: str, unit: failpoints.Interval | None = None) -> Callable[[str], None]:

@@ -266,7 +266,7 @@ def network_of(run: Path, device: str) -> tuple[Manifest, torch.nn.Module]:
     models.reach(manifest.import_root)
     torch.set_num_threads(manifest.threads)
     set_precision(manifest.precision)
-    return manifest, models.restore(manifest.model, run / "weights.safetensors").to(device)
+    return manifest, models.restore(manifest.model, run / "weights.safetensors", manifest.saved_sha256).to(device)
 
 
 # ---- results -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def hold(lock: Path, run: Path, refusal: str) -> Iterator[None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "w")
     except OSError as fault:
-        raise BadRequest(f"--run: {printable(run)} cannot be written ({printable(fault)})") from None
+        raise BadRequest(f"--run: {printable(run)} cannot be written ({printable(fault)}): make it writable, or give a copy of it") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

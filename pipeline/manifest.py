@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.atomic import write_json
+from pipeline.atomic import checksum, write_json
 from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout
 from pipeline.samples import Preprocessing
@@ -17,7 +17,7 @@ from pipeline.samples import Preprocessing
 class Manifest:
     """Everything that decides the bits of a run's vectors, then who made it. `batch_size` and `threads` (of one engine) belong
     to the run, not to the machine that resumes it; `import_root` is where a `module:factory` was found; `promised_top1` what the weights
-    are published with (0..1), None where nobody says."""
+    are published with (0..1), None where nobody says; `saved_sha256` the digest of the run's own weights.safetensors."""
 
     model: str
     weights_sha256: str
@@ -35,6 +35,7 @@ class Manifest:
     versions: dict[str, str]
     created: str
     promised_top1: float | None = None
+    saved_sha256: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -62,25 +63,36 @@ class Manifest:
     def read(cls, run: Path) -> Manifest:
         """Raises BadRequest if `run` holds no run, or one that cannot be read."""
         if not (run / "run.json").exists():
+            if holds_profiles(run):
+                raise BadRequest(f"{printable(run / 'run.json')} is gone, which says what the profiles there are: restore it from a copy, or begin another run")
             raise BadRequest(f"--run: there is no run at {printable(run)} (no run.json); faultline extract begins one")
-        fields = read_json(run / "run.json")
+        fields = read_json(run / "run.json", "restore it from a copy, or begin another run")
         try:
             names = fields["class_names"]
             fields |= {"layers": FilterLayout.from_json(fields["layers"]), "preprocessing": Preprocessing.from_json(fields["preprocessing"])}
             return cls(**fields | {"class_names": tuple(names) if names else None})
         except (KeyError, TypeError, ValueError) as fault:
-            raise BadRequest(f"{printable(run / 'run.json')} is not a run that this version reads ({type(fault).__name__}: {printable(fault)})") from None
+            raise BadRequest(f"{printable(run / 'run.json')} is not a run that this version reads ({type(fault).__name__}: {printable(fault)}): restore it from a copy, or begin another run") from None
 
 
-def read_json(path: Path) -> dict:
-    """Raises BadRequest naming the file if it is damaged."""
+def holds_profiles(run: Path) -> bool:
+    """Whether a folder is a run's by what lies in it, whatever became of its run.json."""
+    return any((run / "profiles").glob("*/*.parquet"))
+
+
+def read_json(path: Path, remedy: str, free: tuple[str, ...] = ()) -> dict:
+    """What `write_json` wrote, or somebody without a checksum. Raises BadRequest naming the file if it is damaged, and the remedy."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("no object")
+        if value.pop("checksum", None) not in (None, checksum(value, free)):
+            raise ValueError("it is damaged, or was changed by hand and its checksum left in")
         return value
+    except RecursionError:
+        raise BadRequest(f"{printable(path)} cannot be read (nested without end): {remedy}") from None
     except (OSError, ValueError) as fault:
-        raise BadRequest(f"{printable(path)} cannot be read ({printable(fault)}): restore it, or begin another run") from None
+        raise BadRequest(f"{printable(path)} cannot be read ({printable(fault)[:200]}): {remedy}") from None
 
 
 def _short(value: object) -> str:

@@ -139,8 +139,8 @@ def reach(folder: str | None) -> None:
 
 def read_weights(path: str) -> tuple[dict[str, torch.Tensor], str]:
     """(state dict, sha256 of the file). Finds the state inside a checkpoint; drops DataParallel's `module.` prefix."""
-    if not Path(path).is_file():
-        raise BadRequest(f"--weights: there is no file {printable(path)}")
+    if not Path(path).is_file():  # a pipe, too: reading it might never end
+        raise BadRequest(f"--weights: {'no regular file is' if os.path.exists(path) else 'there is no file'} {printable(path)}: give a .safetensors or .pth file")
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -152,9 +152,10 @@ def read_weights(path: str) -> tuple[dict[str, torch.Tensor], str]:
     except Exception as fault:
         raise BadRequest(f"--weights: {printable(path)} cannot be read as weights alone ({_why(fault)}); save a state dict with torch.save or as .safetensors") from None
     keys = ("state_dict", "model", "model_state_dict", "net")
-    while isinstance(state, dict) and (key := next((k for k in keys if isinstance(state.get(k), dict)), None)):
-        state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    for _ in keys:  # no deeper: a dict may hold itself
+        key = next((k for k in keys if isinstance(state, dict) and isinstance(state.get(k), dict)), None)
+        state = state if key is None else state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) and isinstance(v, torch.Tensor) for name, v in state.items()):
         raise BadRequest(f"--weights: {printable(path)} holds no state dict (names with tensors); save model.state_dict()")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): v for name, v in state.items()}
@@ -187,12 +188,22 @@ def fit(network: torch.nn.Module, state: dict[str, torch.Tensor], model: str) ->
     missing = [f"{name} is missing" for name in own if name not in state and name not in counters]
     foreign = [f"{name} is not in the network" for name in state if name not in own]
     misshapen = [f"{name} is {list(state[name].shape)} where the network has {list(own[name].shape)}" for name in own if name in state and state[name].shape != own[name].shape]
-    faults = [fault for some in zip_longest(missing, foreign, misshapen) for fault in some if fault]  # some of each kind first
+    unfit = [f"{name} {what}" for name in own if name in state and (what := _unfit(state[name], own[name]))]
+    faults = [fault for some in zip_longest(missing, foreign, misshapen, unfit) for fault in some if fault]  # some of each kind first
     if faults:
         shown = "; ".join(map(printable, faults[:4])) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        raise BadRequest(f"--weights: these are not the weights of {printable(model)}: {shown}")
+        raise BadRequest(f"--weights: these are not the weights of {printable(model)}: {shown}; give this network's own, or name the --model that they belong to")
     state._metadata = getattr(own, "_metadata", None)  # versions of modules, which some loaders insist on and few files carry: what fits is of the present ones
     network.load_state_dict(state, strict=False)
+
+
+def _unfit(value: torch.Tensor, own: torch.Tensor) -> str:
+    """Why a tensor of the right name and shape is no weight, or nothing."""
+    if value.is_meta and not own.is_meta:
+        return "has no values"
+    if value.layout != torch.strided:
+        return "is sparse"
+    return f"is of {str(value.dtype).removeprefix('torch.')} where the network has floats" if own.is_floating_point() and not value.is_floating_point() else ""
 
 
 def _new_name(name: str) -> str:
@@ -222,11 +233,19 @@ def save_weights(network: torch.nn.Module, path: Path) -> None:
     os.replace(partial, path)
 
 
-def restore(model: str, weights: Path) -> torch.nn.Module:
-    """The network of a run again, from its name and the weights kept in the run directory."""
-    state, _ = read_weights(str(weights))
-    network = build(model, state)
-    fit(network, state, model)
+def restore(model: str, weights: Path, digest: str | None = None) -> torch.nn.Module:
+    """The network of a run again, from its name and the weights kept in the run directory. Raises BadRequest if they are not those of `digest`, with the remedy."""
+    try:
+        state, found = read_weights(str(weights))
+        if digest not in (None, found):
+            raise BadRequest("its digest is not the one in run.json")
+        network = build(model, state)
+        fit(network, state, model)
+    except BadRequest as fault:
+        if "--model" in str(fault):
+            raise
+        why = "it is not there" if not weights.exists() else "its digest is not the one in run.json" if digest else str(fault).partition(": ")[2]
+        raise BadRequest(f"{printable(weights)}, the run's own weights, cannot be used ({why}): remove it, and give the faultline extract command again, which writes it anew") from None
     return network.float().eval().requires_grad_(False)
 
 
@@ -269,4 +288,4 @@ def _promised(entry) -> float | None:
 def _check_finite(network: torch.nn.Module, origin: str) -> None:
     bad = [name for name, value in network.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        raise BadRequest(f"--weights: {printable(origin)} has values that are not finite (NaN or infinity) in {printable(', '.join(bad[:3]))}")
+        raise BadRequest(f"--weights: {printable(origin)} has values that are not finite (NaN or infinity) in {printable(', '.join(bad[:3]))}; give weights of a training that did not diverge")

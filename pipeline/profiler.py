@@ -3,6 +3,11 @@
 Every batch has the run's batch size, padded where samples are missing, and a sample's row in it follows from its position in the
 shard alone. Its numbers do not depend on who shares its batch, but a matrix product may round a row by where it lies in memory:
 with a row of its own a sample is bit-equal however a unit was cut, retried or resumed.
+
+Where a batch does not fit into the device's memory, it is computed in halves, quarters and so on, `most` rows at a time, and so are all later ones of
+this process; run.json's batch size stays. Row r of the batch is then row r mod `most` of a smaller one: its numbers are the same up to what the
+device's matrix products round otherwise for another number of rows (bit-equal where they do not, as for most networks on a CPU; about 1e-6 where they do). A sample's
+row still follows from its position alone, so two devices of the same memory agree bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from pipeline.manifest import Manifest
 from pipeline.samples import Sample
 from pipeline.saliency import make_engine, set_precision
 from pipeline.saliency.loss import cross_entropy
-from pipeline.store import REJECTS, profiles_schema
+from pipeline.store import MADE_BY, REJECTS, profiles_schema
 
 
 class Profiler:
@@ -31,6 +36,7 @@ class Profiler:
         torch.set_num_threads(manifest.threads)
         set_precision(manifest.precision)
         self.manifest, self.device = manifest, torch.device(device)
+        self.most = manifest.batch_size  # rows that fit into memory at once, as far as is known
         self.engine = make_engine(manifest.engine, network.to(self.device), manifest.aggregation)
 
     @classmethod
@@ -38,7 +44,7 @@ class Profiler:
         """From a run directory alone, on any machine that reaches it."""
         manifest = Manifest.read(run)
         models.reach(manifest.import_root)
-        return cls(manifest, models.restore(manifest.model, run / "weights.safetensors"), device)
+        return cls(manifest, models.restore(manifest.model, run / "weights.safetensors", manifest.saved_sha256), device)
 
     def profile(self, samples: list[Sample], shard: str, start: int) -> tuple[pa.Table, pa.Table]:
         """(profiles, rejects) of one unit, the samples from position `start` of a shard on; both in the order of the samples.
@@ -61,9 +67,9 @@ class Profiler:
         """Profile a batch; where it raises, each half of it, down to the samples that are the cause."""
         try:
             saliency, logits = self._batch({(start + i) % self.manifest.batch_size: samples[i] for i in chosen})
-        except torch.OutOfMemoryError:
-            raise  # the batch is too large for the device; no sample is to blame
         except Exception as fault:
+            if _is_memory(fault):
+                raise  # not even one image at a time fits; no sample is to blame
             if len(chosen) == 1:
                 reasons[chosen[0]] = f"the network fails on it: {printable(str(fault).splitlines()[0] if str(fault) else type(fault).__name__)[:200]}"
                 return
@@ -79,9 +85,23 @@ class Profiler:
                 rows[i] = saliency[row], logits[row]
 
     def _batch(self, places: dict[int, Sample]) -> tuple[np.ndarray, np.ndarray]:
-        """(s̄ float32 [B, F], logits float32 [B, C]) of samples of one shape, each computed in its place (a row of the batch)."""
+        """(s̄ float32 [B, F], logits float32 [B, C]) of samples of one shape, each computed in its place (a row of the batch), `most` rows at a time."""
+        while True:
+            blocks = [list(block) for _, block in groupby(places, lambda row: row // self.most)]
+            try:
+                parts = [self._rows({row % self.most: places[row] for row in block}) for block in blocks]
+                return tuple(np.concatenate(part) for part in zip(*parts))
+            except Exception as fault:
+                if self.most == 1 or not _is_memory(fault):
+                    raise
+            self.most = (self.most + 1) // 2  # out here, where the failed batch's tensors are let go
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _rows(self, places: dict[int, Sample]) -> tuple[np.ndarray, np.ndarray]:
+        """The same, of rows that are computed at once."""
         filler = next(iter(places.values()))
-        padded = [places.get(row, filler) for row in range(self.manifest.batch_size)]
+        padded = [places.get(row, filler) for row in range(self.most)]
         pixels = torch.from_numpy(np.stack([s.pixels for s in padded])).to(self.device)
         labels = torch.tensor([s.label for s in padded], device=self.device)
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.manifest.precision == "bf16" else contextlib.nullcontext()
@@ -90,7 +110,7 @@ class Profiler:
         return tuple(t[list(places)].float().cpu().numpy() for t in result)
 
     def _table(self, samples: list[Sample], rows: list[tuple[np.ndarray, np.ndarray]], shard: str) -> pa.Table:
-        schema = profiles_schema(self.manifest.layers.total)
+        schema = profiles_schema(self.manifest.layers.total).with_metadata({MADE_BY: self.manifest.fingerprint})
         if not samples:
             return schema.empty_table()
         logits = torch.from_numpy(np.stack([logits for _, logits in rows])).double()
@@ -110,3 +130,8 @@ class Profiler:
             "shard": [shard] * len(samples),
         }
         return pa.table({name: pa.array(columns[name], schema.field(name).type) if name != "saliency" else saliency for name in schema.names}, schema=schema)
+
+
+def _is_memory(fault: Exception) -> bool:
+    """Whether the device, or the machine, had too little memory: torch has an exception for the most usual way alone."""
+    return isinstance(fault, torch.OutOfMemoryError) or (isinstance(fault, RuntimeError) and any(text in str(fault) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED")))

@@ -127,7 +127,8 @@ def decode(raw: RawSample, preprocessing: Preprocessing, classes: int) -> Sample
     if raw.fault:
         return Sample(raw.sample_id, reason=raw.fault)
     if not 0 <= raw.label < classes:
-        return Sample(raw.sample_id, reason=f"label {raw.label} is outside the network's classes 0..{classes - 1}")
+        shown = str(raw.label) if abs(raw.label) < 10**20 else f"of {len(str(abs(raw.label)))} digits"
+        return Sample(raw.sample_id, reason=f"label {shown} is outside the network's classes 0..{classes - 1}")
     if not raw.image:
         return Sample(raw.sample_id, reason="the image is empty (0 bytes)")
     try:
@@ -135,6 +136,8 @@ def decode(raw: RawSample, preprocessing: Preprocessing, classes: int) -> Sample
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
             with Image.open(io.BytesIO(raw.image), formats=FORMATS) as image:
+                if image.mode[0] in "IF":  # convert would clip them: of 16 bits all is white, of floats from 0 to 1 all is black
+                    return Sample(raw.sample_id, reason=f"its pixels are not of 8 bits (PIL's mode {image.mode}): save it as 8 bits a colour")
                 image = image.convert("RGB")
         pixels = preprocessing.pixels(image)
         return Sample(raw.sample_id, raw.label, pixels, _thumbnail(image))

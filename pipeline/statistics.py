@@ -6,6 +6,7 @@ where it came from and with which aggregation, since |mean(grad)| and mean(|grad
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,15 +81,15 @@ class Reference:
     def read(cls, path: Path, layout: FilterLayout) -> Reference:
         """Raises BadRequest if the file is absent, damaged, or of another network."""
         try:
-            with pq.ParquetFile(path) as parquet:
+            with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
                 table = parquet.read()
             layers = list(zip(table["layer"].to_pylist(), table["filter"].to_pylist()))
             about = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
             reference = cls(table["mean"].to_numpy(), table["std"].to_numpy(), table["count"][0].as_py(), about["aggregation"], about["origin"])
-        except (OSError, pa.ArrowException, KeyError, IndexError) as fault:
-            raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}): remove it and run faultline index again") from None
+        except (OSError, pa.ArrowException, KeyError, IndexError, UnicodeDecodeError) as fault:
+            raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}): remove it, and run faultline index again (or faultline statistics import, if they were imported)") from None
         if layers != [(name, i) for name, filters in layout.layers for i in range(filters)]:
-            raise BadRequest(f"{printable(path)} holds the statistics of another network: {len(layers)} filters where this run has {layout.total}")
+            raise BadRequest(f"{printable(path)} holds the statistics of another network: {len(layers)} filters where this run has {layout.total}: remove it, and run faultline index again")
         return reference
 
 
@@ -100,6 +101,13 @@ def moments(blocks: Iterable[np.ndarray], filters: int) -> Moments:
     return total
 
 
+def _real(values):
+    """A torch tensor as it is. Raises ValueError for complex numbers, of which torch would drop a half."""
+    if values.is_complex():
+        raise ValueError
+    return values
+
+
 def import_published(path: Path, aggregation: str, layout: FilterLayout) -> Reference:
     """Somebody else's `mean` and `std`, as the authors publish them: a `.pth` dict of two vectors [F] in vector order.
 
@@ -107,15 +115,20 @@ def import_published(path: Path, aggregation: str, layout: FilterLayout) -> Refe
     """
     import torch
 
+    if not Path(path).is_file():  # a pipe, too: reading it might never end
+        raise BadRequest(f"{'no regular file is' if Path(path).exists() else 'there is no file'} {printable(path)}: give a torch file with a dict of two vectors, mean and std")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        mean, std = (np.asarray(torch.as_tensor(saved[key]).double()).reshape(-1) for key in ("mean", "std"))
-    except FileNotFoundError:
-        raise BadRequest(f"there is no file {printable(path)}") from None
+        with warnings.catch_warnings(action="ignore"):  # about a pickle's protocol, before it is refused
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict):
+            raise TypeError
+        mean, std = (np.asarray(_real(torch.as_tensor(saved[key])).double()).reshape(-1) for key in ("mean", "std"))
     except Exception as fault:
         raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}); a torch file with a dict of two vectors, mean and std, is needed") from None
-    if len(mean) != layout.total or len(std) != layout.total:
-        raise BadRequest(f"{printable(path)} is about {len(mean)} filters, this run's network has {layout.total}: it belongs to another model")
+    if len(mean) != len(std):
+        raise BadRequest(f"{printable(path)} holds {len(mean)} means and {len(std)} stds: save one of each for every filter")
+    if len(mean) != layout.total:
+        raise BadRequest(f"{printable(path)} is about {len(mean)} filters, this run's network has {layout.total}: it belongs to another model; give the statistics of this one")
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
-        raise BadRequest(f"{printable(path)} holds values that are not finite, or a negative std")
+        raise BadRequest(f"{printable(path)} holds values that are not finite, or a negative std: save them again, as they were computed")
     return Reference(mean, std, 0, aggregation, f"{IMPORTED}{Path(path).name}")

@@ -23,6 +23,9 @@ from pipeline.units import Unit, apart, interval_of, plan
 
 REJECTS = pa.schema([("sample_id", pa.string()), ("shard", pa.string()), ("reason", pa.string())])
 
+PLACE = ("spec", "root")  # of a census: where the source lies, which whoever moves it may change
+MADE_BY = b"run"  # in the metadata of a profiles file: the fingerprint of the run that made it
+
 
 def profiles_schema(filters: int) -> pa.Schema:
     """One row a sample. saliency is s̄, float32 [F], not standardised; thumbnail a JPEG, longest side at most 128."""
@@ -120,21 +123,30 @@ class Store:
     # ---- data sets ---------------------------------------------------------------------------------------------
 
     def datasets(self) -> list[str]:
-        """Names, sorted."""
-        return sorted(p.stem for p in (self.run / "datasets").glob("*.json") if not p.name.startswith("."))
+        """Names, sorted; of those, too, whose census is gone, while their profiles are there."""
+        known = {p.stem for p in (self.run / "datasets").glob("*.json") if not p.name.startswith(".")}
+        return sorted(known | {p.name for p in (self.run / "profiles").glob("*") if any(p.glob("*.parquet"))})
+
+    def is_counted(self, dataset: str) -> bool:
+        """Whether it has a census."""
+        return (self.run / "datasets" / f"{dataset}.json").exists()
 
     def census(self, dataset: str) -> Census:
         """Raises BadRequest if the run has no such data set."""
         path = self.run / "datasets" / f"{dataset}.json"
+        if not path.exists() and dataset in self.datasets():
+            raise BadRequest(f"{printable(path)} is gone, which says what {printable(dataset)} is made of: give its faultline extract command again, which counts its shards anew")
         if not path.exists():
             raise BadRequest(f"there is no data set '{printable(dataset)}' in {printable(self.run)}; it has: {', '.join(self.datasets()) or 'none yet (faultline extract makes one)'}")
+        remedy = f"remove it, and give the faultline extract command of {printable(dataset)} again, which counts its shards anew"
+        fields = read_json(path, remedy, PLACE)
         try:
-            return Census.from_json(read_json(path))
-        except (KeyError, TypeError):
-            raise BadRequest(f"{printable(path)} cannot be read: extract the data set again with the same command") from None
+            return Census.from_json(fields)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise BadRequest(f"{printable(path)} cannot be read (it is no census): {remedy}") from None
 
     def write_census(self, dataset: str, census: Census) -> None:
-        write_json(self.run / "datasets" / f"{dataset}.json", census.to_json(), "census")
+        write_json(self.run / "datasets" / f"{dataset}.json", census.to_json(), "census", PLACE)
 
     def todo(self, dataset: str, unit_samples: int) -> list[Unit]:
         """The units that are not committed, in order."""
@@ -145,9 +157,12 @@ class Store:
         """Counted from the files that exist."""
         pending = sum(unit.samples for unit in self.todo(dataset, 1 << 30))
         files = self.files(dataset)
-        rows = [rows_of(f) for f in files]
-        rejected = sum(rows_of(self.run / "rejects" / dataset / f.name) for f in files)
-        return Progress(sum(rows) + rejected + pending, sum(rows), pending, rejected, _rate(files))
+        rows, rejected = ([rows_of(self.run / folder / dataset / f.name) for f in files] for folder in ("profiles", "rejects"))
+        for file, done, aside in zip(files, rows, rejected):
+            _, start, stop = interval_of(file.stem)
+            if done + aside != stop - start:
+                raise BadRequest(f"{printable(file)} and its rejects hold {done} and {aside} samples, not {stop - start} together: one of them is another run's; remove both, and give the faultline extract command of {printable(dataset)} again")
+        return Progress(sum(rows) + sum(rejected) + pending, sum(rows), pending, sum(rejected), _rate(files))
 
     # ---- units -------------------------------------------------------------------------------------------------
 
@@ -191,9 +206,12 @@ class Store:
 
     def blocks(self, dataset: str, columns: list[str], rows: int = 256) -> Iterator[tuple[Path, int, pa.RecordBatch]]:
         """(file, position of its first row in the file, batch of at most `rows`) over all profiles, in a fixed order."""
+        own = self.manifest().fingerprint
         for file in self.files(dataset):
             position = 0
             with whole(file) as parquet:
+                if (parquet.schema_arrow.metadata or {}).get(MADE_BY, own.encode()).decode() != own:
+                    raise BadRequest(f"{printable(file)} was made with other settings than run.json states: it, or run.json, is another run's; put the right one back, or remove this one and give the faultline extract command of {printable(dataset)} again")
                 for batch in parquet.iter_batches(rows, columns=columns):
                     yield file, position, batch
                     position += batch.num_rows

@@ -129,6 +129,45 @@ def test_memory_that_runs_out_is_nobodys_fault(monkeypatch):
         profiler.profile(samples_of(3), "a.tar", 0)
 
 
+def short_of_memory(profiler: Profiler, most: int, fault: Exception) -> list[int]:
+    """A device on which more than `most` images do not fit; returns the sizes of the batches that were tried."""
+    tried, engine = [], profiler.engine
+
+    def small(images, labels):
+        tried.append(len(images))
+        if len(images) > most:
+            raise fault
+        return engine(images, labels)
+
+    profiler.engine = small
+    return tried
+
+
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")], ids=["CUDA", "cuDNN", "CPU"])
+@pytest.mark.parametrize("most, tried", [(4, [8, 4, 4, 4]), (3, [8, 4, 2, 2, 2, 2, 2, 2]), (1, [8, 4, 2, *[1] * 11])])
+def test_a_batch_that_does_not_fit_is_halved(most, tried, fault):
+    """And goes on, for all that follows: every sample is there, none set aside, the numbers those of the whole batch, and the run's batch size what it was."""
+    samples = with_corners(samples_of(11), [100] * 11)
+    whole, profiler = picky(8).profile(samples, "a.tar", 0)[0], picky(8)
+    seen = short_of_memory(profiler, most, fault)
+    table, rejects = profiler.profile(samples, "a.tar", 0)
+    assert rejects.num_rows == 0 and seen == tried and profiler.manifest.batch_size == 8
+    assert table.drop(["saliency", "loss", "label_confidence", "prediction_confidence"]) == whole.drop(["saliency", "loss", "label_confidence", "prediction_confidence"])
+    np.testing.assert_allclose(saliency_of(table), saliency_of(whole), rtol=1e-5)
+
+
+def test_rows_of_halves_follow_from_their_positions():
+    """However the shard is cut, on devices that hold as much: bit for bit; and a sample that fails is still set aside alone."""
+    samples = with_corners(samples_of(11), [100, 100, 255, *[100] * 8])
+    one, two = picky(8), picky(8)
+    for profiler in (one, two):
+        short_of_memory(profiler, 4, torch.OutOfMemoryError("CUDA out of memory"))
+    two.profile(samples[:1], "a.tar", 0)
+    whole, rejects = one.profile(samples, "a.tar", 0)
+    parts = pa.concat_tables(two.profile(samples[a:b], "a.tar", a)[0] for a, b in ((0, 3), (3, 7), (7, 11)))
+    assert whole == parts and rejects["sample_id"].to_pylist() == ["02"]
+
+
 def test_images_of_several_sizes_share_a_unit():
     """Each size in batches of its own; rows stay in order."""
     samples = [sample for pair in zip(samples_of(5), samples_of(5, (9, 12))) for sample in pair]

@@ -124,9 +124,10 @@ def test_what_is_missing_is_said_and_the_sample_kept_in_place(tmp_path, members,
         assert fault in got[1].fault and got[1].image == b""
 
 
-def test_json_label_counts_only_without_cls(tmp_path):
-    got = of_tar(tmp_path, [("a.jpg", b"J"), ("a.json", b'{"label": 7, "url": "x"}'), ("b.jpg", b"J"), ("b.json", b'{"label": 7}'), ("b.cls", b"2")])
-    assert [s.label for s in got] == [7, 2]
+def test_json_label_counts_without_cls_and_never_against_it(tmp_path):
+    members = [("a.jpg", b"J"), ("a.json", b'{"label": 7, "url": "x"}'), ("b.jpg", b"J"), ("b.json", b'{"label": 7}'), ("b.cls", b"2"), ("c.jpg", b"J"), ("c.json", b'{"label": "seven"}'), ("c.cls", b"2")]
+    got = of_tar(tmp_path, members)
+    assert [(s.label, s.fault) for s in got] == [(7, None), (-1, "its .cls says 2, and its .json 7"), (2, None)]
 
 
 # ---- tar shards: reading from anywhere -----------------------------------------------------------------------------

@@ -150,12 +150,12 @@ def test_devkit_is_refused_where_it_has_no_meaning(tmp_path, spec):
     [
         ("data/meta.mat", b"junk" * 100, "its meta.mat cannot be read .*: fetch"),
         ("data/meta.mat", b"", "its meta.mat cannot be read"),
-        ("data/meta.mat", None, "holds no data/meta.mat .*: it is not"),
+        ("data/meta.mat", None, "holds no data/meta.mat .*: it is not .*: fetch"),
         ("data/ILSVRC2012_validation_ground_truth.txt", None, "holds no data/ILSVRC2012_validation_ground_truth.txt"),
         ("data/ILSVRC2012_validation_ground_truth.txt", b"1\n6\n", "do not belong together .6 is no ILSVRC2012_ID of a leaf"),
         ("data/ILSVRC2012_validation_ground_truth.txt", b"1\n0\n", "do not belong together"),
-        ("data/ILSVRC2012_validation_ground_truth.txt", b"1\ncat\x1b[2J\n", r"do not belong together .*cat\\x1b"),
-        ("data/ILSVRC2012_validation_ground_truth.txt", b"\xff\xfe", "do not belong together"),
+        ("data/ILSVRC2012_validation_ground_truth.txt", b"1\ncat\x1b[2J\n", "is no list of whole numbers: fetch"),
+        ("data/ILSVRC2012_validation_ground_truth.txt", b"\xff\xfe", "is no list of whole numbers"),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar.gz"])

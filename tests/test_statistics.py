@@ -151,7 +151,7 @@ class Bomb:
     "changes, message",
     [
         ({"mean": torch.zeros(4), "std": torch.zeros(4)}, "is about 4 filters, this run's network has 5: it belongs to another model"),
-        ({"std": torch.zeros(4)}, "this run's network has 5"),
+        ({"std": torch.zeros(4)}, "holds 5 means and 4 stds"),
         ({"std": None}, "cannot be read as statistics .* a dict of two vectors, mean and std, is needed"),
         ({"mean": "much"}, "cannot be read as statistics"),
         ({"mean": torch.tensor([0, 1, 2, 3, float("nan")])}, "not finite"),

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.errors import BadRequest, printable
 from pipeline.sources.splits import refuse_versions
-from pipeline.sources.stretches import FAULTS, Rows, Stretches
+from pipeline.sources.stretches import FAULTS, Rows, Stretches, Unfit
 
 KEYS = (("images", "labels"), ("data", "labels"), ("x", "y"), ("x_test", "y_test"))  # of an .npz
 WORDS = (("data", "labels"), ("images", "labels"))  # in the names of an .npy and its labels
@@ -34,14 +34,19 @@ class Header:
     @classmethod
     def read(cls, file: BinaryIO) -> Header:
         """Raises ValueError for what is no array of plain numbers in C's order."""
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"its format {version} is not known here")
-        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+        try:
+            version = np.lib.format.read_magic(file)
+            if version not in ((1, 0), (2, 0)):
+                raise Unfit(f"its format {version} is not known here: save it again with numpy.save")
+            shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+        except Unfit:
+            raise
+        except ValueError:  # numpy's own words are about magic strings
+            raise ValueError("it is no array of numpy's, or its beginning is damaged") from None
         if dtype.hasobject or dtype.names:
-            raise ValueError("it holds Python objects (a pickle) or records, which are never loaded; save plain numbers")
+            raise Unfit("it holds Python objects (a pickle) or records, which are never loaded; save plain numbers")
         if fortran and len(shape) > 1:
-            raise ValueError("it is in Fortran's order; save np.ascontiguousarray of it")
+            raise Unfit("it is in Fortran's order; save np.ascontiguousarray of it")
         return cls(shape, dtype, file.tell())
 
     @property
@@ -50,18 +55,18 @@ class Header:
 
     def check_images(self) -> None:
         """Raises ValueError with the remedy."""
-        if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape[1:]:
+        if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or min(self.shape[1:]) < 1 or self.shape[0] < 0:
             hint = "transpose(0, 2, 3, 1) makes them so" if len(self.shape) == 4 and self.shape[1] == 3 else "grey images want their channel three times" if len(self.shape) == 3 else "save 0..255 as uint8"
-            raise ValueError(f"its images are {self.dtype} {self.shape}, not uint8 (N, H, W, 3): {hint}")
+            raise Unfit(f"its images are {self.dtype} {self.shape}, not uint8 (N, H, W, 3): {hint}")
 
     def labels(self, file: BinaryIO, images: int) -> list[int]:
         """Raises ValueError if they are not as many whole numbers as images."""
         if not self.is_labels or self.shape[0] != images:
-            hint = ": save the argmax(1) of them" if len(self.shape) == 2 and self.shape[0] == images else ": save them as int64" if self.shape == (images,) else ""
-            raise ValueError(f"its labels are {self.dtype} {self.shape}, not {images} whole numbers{hint}")
+            hint = ": save the argmax(1) of them" if len(self.shape) == 2 and self.shape[0] == images else ": save them as int64" if self.shape == (images,) else ": give each image one"
+            raise Unfit(f"its labels are {self.dtype} {self.shape}, not {images} whole numbers{hint}")
         data = file.read(images * self.dtype.itemsize)
         if len(data) < images * self.dtype.itemsize:
-            raise ValueError("its labels are cut off")
+            raise ValueError(f"its labels ({printable(os.path.basename(file.name))}) are cut off")
         return np.frombuffer(data, self.dtype).tolist()
 
 
@@ -105,7 +110,7 @@ class Arrays(Stretches):
                 members = {name.removesuffix(".npy") for name in archive.namelist()}
                 pair = next((keys for keys in KEYS if members.issuperset(keys)), None)
                 if pair is None:
-                    raise ValueError(f"it holds {printable(', '.join(sorted(members)[:8])) or 'nothing'}; name its arrays images and labels")
+                    raise Unfit(f"it holds {printable(', '.join(sorted(members)[:8])) or 'nothing'}; name its arrays images and labels")
                 file, beside = (files.enter_context(archive.open(f"{key}.npy")) for key in pair)
                 size = archive.getinfo(f"{pair[0]}.npy").file_size
             else:
@@ -114,16 +119,16 @@ class Arrays(Stretches):
             header = Header.read(file)
             header.check_images()
             if header.offset + np.prod(header.shape, dtype=object) > size:
-                raise ValueError(f"it is cut off: its header promises {header.shape[0]} images; fetch it again")
-            yield Rows(Unpacked(file) if path.lower().endswith(".npz") else file, header.offset, header.shape[1:], _labels(beside, header.shape[0]))
+                raise ValueError(f"it is cut off: its header promises {header.shape[0]} images")
+            yield Rows(Unpacked(file) if path.lower().endswith(".npz") else file, header.offset, header.shape[1:], _labels(beside, header.shape[0], printable(os.path.basename(beside.name))))
 
 
-def _labels(file: BinaryIO, images: int) -> list[int]:
-    """Raises ValueError saying that it is the labels that cannot be used."""
+def _labels(file: BinaryIO, images: int, name: str) -> list[int]:
+    """Raises ValueError saying that it is the labels, which are called so, that cannot be used."""
     try:
         header = Header.read(file)
     except ValueError as fault:
-        raise ValueError(f"its labels cannot be used: {fault}") from None
+        raise type(fault)(f"its labels ({name}) cannot be used: {fault}") from None
     return header.labels(file, images)
 
 
@@ -134,7 +139,7 @@ def labels_beside(path: str) -> str:
     candidates = [os.path.join(folder, word.join(stem.rsplit(old, 1)) + ".npy") for old, word in WORDS if old in stem] + [os.path.join(folder, f) for f in (f"{stem}_labels.npy", "labels.npy")]
     found = next((c for c in candidates if c != path and os.path.isfile(c) and _holds_labels(c)), None)
     if found is None:
-        raise ValueError(f"there are no labels beside it: put them into {printable(os.path.basename(candidates[0]))}, one whole number an image")
+        raise Unfit(f"there are no labels beside it: put them into {printable(os.path.basename(candidates[0]))}, one whole number an image")
     return found
 
 

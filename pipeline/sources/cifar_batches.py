@@ -62,4 +62,4 @@ class CifarBatches(Stretches):
             numbers = integers_of(labels, file, data.shape[0])
             if len(numbers) != data.shape[0]:
                 raise Refused(f"it has {len(numbers)} labels for {data.shape[0]} images")
-            yield Rows(data.open(file), 0, (3, 32, 32), numbers, planar=True)
+            yield Rows(data.open(file), 0, (3, 32, 32), numbers, planar=True, exact=True)

@@ -97,9 +97,12 @@ class FlatImageNet(Source):
         wnids = _leaves(where, meta)
         rank = {wnid: label for label, wnid in enumerate(sorted(wnids.values()))}
         try:
-            ids = [int(line) for line in truth.decode("ascii").split()]
+            ids = [int(line) for line in truth.split()]
+        except ValueError:
+            raise BadRequest(f"{printable(where)}: {TRUTH} is no list of whole numbers: fetch {DEVKIT}.tar.gz again") from None
+        try:
             labels = [rank[wnids[i]] for i in ids]
-        except (ValueError, KeyError) as fault:
+        except KeyError as fault:
             raise BadRequest(f"{printable(where)}: {TRUTH} and {META} do not belong together ({printable(fault)} is no ILSVRC2012_ID of a leaf): fetch {DEVKIT}.tar.gz again") from None
         if len(labels) < needed:
             raise BadRequest(f"{printable(where)}: {TRUTH} has {len(labels):,} lines, and the images go up to number {needed:,} (the whole one has {IMAGES:,}): fetch {DEVKIT}.tar.gz again")
@@ -152,7 +155,7 @@ def _devkit_files(root: str, given: str | None) -> tuple[str, bytes, bytes]:
         raise BadRequest(f"{printable(path)} cannot be read ({printable(fault)}): fetch {DEVKIT}.tar.gz again") from None
     lacking = [name for name in (TRUTH, META) if name not in found]
     if lacking:
-        raise BadRequest(f"{printable(path)} holds no data/{' and no data/'.join(lacking)} (or an absurdly large one): it is not {DEVKIT}")
+        raise BadRequest(f"{printable(path)} holds no data/{' and no data/'.join(lacking)} (or an absurdly large one): it is not {DEVKIT}: fetch {DEVKIT}.tar.gz again")
     return path, found[TRUTH], found[META]
 
 

@@ -27,6 +27,10 @@ ROWS, BYTES = 128, 4 << 20  # of a stretch, at most (one row may be larger)
 FAULTS = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile)  # what damaged files make their readers raise
 
 
+class Unfit(ValueError):
+    """A file that is whole, and not what is read here; the text ends with what to do about it."""
+
+
 class Seekable(Protocol):
     def seek(self, position: int) -> object: ...
 
@@ -35,13 +39,15 @@ class Seekable(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """An opened file: image i is `size` bytes from `offset + i * size` on. shape: (H, W, 3), or (3, H, W) where colours lie apart."""
+    """An opened file: image i is `size` bytes from `offset + i * size` on. shape: (H, W, 3), or (3, H, W) where colours lie apart.
+    `exact`: the file ends with the last image, and more would mean that something in it has shifted."""
 
     file: Seekable
     offset: int
     shape: tuple[int, int, int]
     labels: list[int]
     planar: bool = False
+    exact: bool = False
 
     @property
     def size(self) -> int:
@@ -90,11 +96,13 @@ class Stretches(Source, ABC):
             with self.opened(self._path(name)) as rows:
                 for start in range(0, len(rows.labels), rows.stretch):
                     marks.append((start, rows.digest(start, rows.pixels(start, min(start + rows.stretch, len(rows.labels))))))
+                if rows.exact and rows.file.read(1):
+                    raise EOFError("it holds more pixels than its images have")
                 for at in range(len(rows.labels) if each else 0):
                     each(self._id(name, at), f"image {at}")
                 return Shard(name, len(rows.labels), hashlib.sha256(repr(marks).encode()).hexdigest()[:16], tuple(marks))
         except FAULTS as fault:
-            raise BadRequest(f"{printable(self._path(name))} cannot be read: {printable(fault)[:300]}") from None
+            raise BadRequest(f"{printable(self._path(name))} cannot be read: {printable(fault)[:300]}{remedy(fault)}") from None
 
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
         try:
@@ -113,6 +121,11 @@ class Stretches(Source, ABC):
 
     def _path(self, name: str) -> str:
         return os.path.join(self.root, name)
+
+
+def remedy(fault: Exception) -> str:
+    """What ends the message about a file that cannot be read."""
+    return "" if isinstance(fault, Unfit) else "; fetch it again, or leave it out of --source"
 
 
 def png(pixels: np.ndarray) -> bytes:

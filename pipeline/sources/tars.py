@@ -23,8 +23,9 @@ from pipeline.errors import BadRequest, printable
 from pipeline.sources.files import MOST_BYTES  # a few kilobytes of gzip can stand for any number of them
 
 MARK_EVERY = 128  # samples between two places from which reading can begin
+EMPTY = 10240  # bytes of a tar without members, all of them zeros
 PARKED = 4  # streams that a process keeps open
-FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error)
+FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError)  # what damaged archives make their reader raise
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 Key = Callable[[tarfile.TarInfo], str]
 
@@ -172,10 +173,12 @@ def count(path: str, key: Key, each: Callable[[int, Group], None]) -> tuple[int,
 
 
 def _refuse_misnamed(path: str) -> None:
-    """Raises BadRequest for an archive that is packed otherwise than its name says: no other would find it."""
+    """Raises BadRequest for an archive that is packed otherwise than its name says: no other would find it. Raises ReadError for one that was never written."""
     with open(path, "rb") as file:
         start = file.read(512)
     packing = next((name for magic, name in MAGIC.items() if start.startswith(magic)), "plain" if start[257:262] == b"ustar" else None)
+    if start and not start.strip(b"\0") and os.path.getsize(path) > EMPTY:
+        raise tarfile.ReadError("it begins with zeros: space that was never filled?")
     if packing in ("bzip2", "xz", "zstd"):
         raise BadRequest(f"{printable(path)} is packed by {packing}, which is not read here: unpack it, or pack it by gzip")
     if packing and (packing == "gzip") != is_gzip(path):

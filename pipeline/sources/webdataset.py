@@ -101,12 +101,23 @@ def _sample(tar: Group, key: str, members: list[tarfile.TarInfo]) -> RawSample:
     return RawSample(key, tar.extractfile(image).read(), label)
 
 
+def _also(tar: Group, parts: dict[str, tarfile.TarInfo]) -> int | None:
+    """What a .json beside a .cls calls the label, where it says a whole number: most hold captions and the like."""
+    try:
+        label = json.loads(tar.extractfile(parts["json"]).read())["label"] if "json" in parts else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return label if type(label) is int else None
+
+
 def _label(tar: Group, parts: dict[str, tarfile.TarInfo]) -> int:
-    """Raises ValueError with the reason if there is no usable label."""
+    """Raises ValueError with the reason if there is no usable label, or two that disagree."""
     if "cls" in parts:
         text = tar.extractfile(parts["cls"]).read(64).decode("utf-8", "replace").strip()
         if not re.fullmatch("[+-]?[0-9]+", text):  # int() would take 1_0 for 10
             raise ValueError(f"its .cls holds '{printable(text)}', not a whole number")
+        if (other := _also(tar, parts)) not in (None, int(text)):
+            raise ValueError(f"its .cls says {text}, and its .json {other}")
         return int(text)
     if "json" in parts:
         try:

@@ -1,0 +1,228 @@
+"""Archives, tables and folders that are whole, and hold what they should not: samples that are set aside or taken in one shard, then sources that are refused."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import shards
+
+Member = tuple[str | tarfile.TarInfo, bytes]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Consecutive members of a tar shard. reason: a part of why it is set aside; empty: it is profiled, under `sample_id`."""
+
+    id: str
+    members: list[Member]
+    sample_id: str
+    reason: str = ""
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def labelled(case: str, label: bytes, reason: str = "", end: str = "cls") -> Sample:
+    name = f"label {case}"
+    return Sample(name, [(f"{name}.jpg", shards.photo(len(case))), (f"{name}.{end}", label)], name, reason)
+
+
+def named(case: str, name: str, sample_id: str | None = None) -> Sample:
+    """A good sample under a strange name."""
+    return Sample(f"name {case}", [(f"{name}.jpg", shards.photo(len(name) % 97)), (f"{name}.cls", b"1")], name if sample_id is None else sample_id)
+
+
+def instead(case: str, kind: bytes, target: str = "") -> Sample:
+    """Something else in the place of the image."""
+    return Sample(f"{case} for an image", [(special(f"{case}.jpg", kind, target), b""), (f"{case}.cls", b"1")], case, "no image (.jpg, .jpeg or .png) under this key")
+
+
+RANGE, WHOLE, LACKING = "is outside the network's classes 0..4", "not a whole number", 'its .json holds no "label"'
+SAMPLES = [
+    labelled("of spaces", b" 3\n"),
+    labelled("with a plus", b"+3"),
+    labelled("as JSON", b'{"label": 2, "url": "x"}', end="json"),
+    labelled("too large by one", b"5", f"label 5 {RANGE}"),
+    labelled("negative", b"-1", f"label -1 {RANGE}"),
+    labelled("huge", b"9" * 40, RANGE),
+    labelled("longer than is read", b"1" * 100_000, RANGE),
+    labelled("a word", b"cat", f"its .cls holds 'cat', {WHOLE}"),
+    labelled("empty", b"", WHOLE),
+    labelled("a float", b"1.0", f"its .cls holds '1.0', {WHOLE}"),
+    labelled("exponential", b"1e0", WHOLE),
+    labelled("hexadecimal", b"0x1", WHOLE),
+    labelled("with an underscore", b"1_0", WHOLE),
+    labelled("in Arabic digits", "\u0661".encode(), WHOLE),
+    labelled("two numbers", b"1 2", WHOLE),
+    labelled("of escapes", b"\x1b[2J", "its .cls holds '\\x1b[2J'"),
+    labelled("no text", b"\xff\xfe\x00", WHOLE),
+    labelled("JSON without it", b"{}", LACKING, "json"),
+    labelled("JSON list", b"[1]", LACKING, "json"),
+    labelled("JSON cut", b'{"label": ', LACKING, "json"),
+    labelled("JSON empty", b"", LACKING, "json"),
+    labelled("JSON nested deep", b"[" * 100_000, LACKING, "json"),
+    labelled("JSON no text", b"\xff\xfe", LACKING, "json"),
+    labelled("JSON number too long", b'{"label": ' + b"1" * 5000 + b"}", LACKING, "json"),
+    labelled("JSON text", b'{"label": "1"}', WHOLE, "json"),
+    labelled("JSON float", b'{"label": 1.0}', WHOLE, "json"),
+    labelled("JSON NaN", b'{"label": NaN}', WHOLE, "json"),
+    labelled("JSON null", b'{"label": null}', WHOLE, "json"),
+    labelled("JSON true", b'{"label": true}', WHOLE, "json"),
+    labelled("JSON huge", b'{"label": 1' + b"0" * 300 + b"}", RANGE, "json"),
+    labelled("JSON negative", b'{"label": -1}', RANGE, "json"),
+    Sample("labels that disagree", [("disagree.jpg", shards.photo(1)), ("disagree.cls", b"1"), ("disagree.json", b'{"label": 2}')], "disagree", "its .cls says 1, and its .json 2"),
+    Sample("labels that agree", [("agree.jpg", shards.photo(1)), ("agree.cls", b"1"), ("agree.json", b'{"label": 1}')], "agree"),
+    Sample("label beside captions", [("caption.jpg", shards.photo(1)), ("caption.cls", b"1"), ("caption.json", b'{"caption": "a dog"}')], "caption"),
+    Sample("no label", [("unlabelled.jpg", shards.photo(1))], "unlabelled", "no label (.cls, or .json"),
+    Sample("no image", [("pictureless.cls", b"1")], "pictureless", "no image (.jpg, .jpeg or .png) under this key"),
+    Sample("two images of one kind", [("twice.jpg", shards.photo(1)), ("twice.jpg", shards.photo(2)), ("twice.cls", b"1")], "twice", "two members named .jpg under this key"),
+    Sample("two labels of one kind", [("both.jpg", shards.photo(1)), ("both.cls", b"1"), ("both.cls", b"2")], "both", "two members named .cls under this key"),
+    named("absolute", "/etc/absolute"),
+    named("climbing", "../../../../tmp/climbing"),
+    named("of a folder", "a/b.c/deep"),
+    named("with a newline", "new\nline"),
+    named("with a carriage return", "carriage\rreturn"),
+    named("with an escape", "\x1b[31mred\x1b[0m"),
+    named("right to left", "abc\u202egpj"),
+    named("with a zero-width space", "zero\u200bwidth"),
+    named("very long", "long" * 1000),
+    named("in no UTF-8", "caf\udce9", "caf\\xe9"),
+    named("of an emoji", "\U0001f40d"),
+    named("with a quote", "'; DROP TABLE samples; --"),
+    named("with a colon", "val:00003"),
+    named("of spaces", "  "),
+    instead("symbolic link", tarfile.SYMTYPE, "/etc/passwd"),
+    instead("hard link", tarfile.LNKTYPE, "good0.jpg"),
+    instead("character device", tarfile.CHRTYPE),
+    instead("block device", tarfile.BLKTYPE),
+    instead("pipe", tarfile.FIFOTYPE),
+    instead("folder", tarfile.DIRTYPE),
+    Sample("a tar in a tar", [("inner.jpg", b"x" * 257 + b"ustar" + b"\0" * 762), ("inner.cls", b"1")], "inner", "not an image"),
+]
+GOOD = {f"good{i}": i % 5 for i in range(70)}
+
+
+def one_shard(folder: Path) -> Path:
+    """All of `SAMPLES` among good ones, which are the majority."""
+    members: list[Member] = [("hidden/", b""), (".hidden.jpg", b"?"), ("._good0.jpg", b"?")]
+    samples, good = iter(SAMPLES), iter(GOOD.items())
+    for key, label in good:
+        members += [(f"{key}.jpg", shards.photo(500 + int(key[4:]))), (f"{key}.cls", str(label).encode())]
+        if sample := next(samples, None):
+            members += sample.members
+    return shards.write_tar(folder / "strange.tar", members[1:])
+
+
+# ---- sources that are refused ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refused:
+    """make(folder) -> what --source names. says: a pattern of the place and the remedy."""
+
+    id: str
+    make: Callable[[Path], Path]
+    says: str
+
+
+def good_members(count: int = 6) -> list[Member]:
+    return [(f"g{i}.{end}", content) for i in range(count) for end, content in (("jpg", shards.photo(i)), ("cls", b"%d" % (i % 5)))]
+
+
+def tar(*more: Member, first: bool = False) -> Callable[[Path], Path]:
+    return lambda folder: shards.write_tar(folder / "a.tar", [*more, *good_members()] if first else [*good_members(), *more])
+
+
+def edited(offset: int, new: bytes, checked: bool = True) -> Callable[[Path], Path]:
+    """A tar whose third header has other bytes at an offset, and the right checksum all the same."""
+
+    def make(folder: Path) -> Path:
+        path = tar()(folder)
+        content = bytearray(path.read_bytes())
+        with tarfile.open(path) as archive:
+            at = archive.getmembers()[2].offset
+        content[at + offset : at + offset + len(new)] = new
+        if checked:
+            content[at + 148 : at + 156] = b" " * 8
+            content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+        path.write_bytes(content)
+        return path
+
+    return make
+
+
+def pax(records: bytes) -> Member:
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, len(records)
+    return info, records
+
+
+def raw_tar(*blocks: bytes) -> Callable[[Path], Path]:
+    """Good members, then these bytes, then the end."""
+
+    def make(folder: Path) -> Path:
+        path = tar()(folder)
+        with tarfile.open(path) as archive:
+            last = archive.getmembers()[-1]
+        content = path.read_bytes()[: last.offset_data + 512]
+        path.write_bytes(content + b"".join(blocks) + bytes(1024))
+        return path
+
+    return make
+
+
+def header(kind: bytes, name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def block(content: bytes) -> bytes:
+    return content + bytes(-len(content) % 512)
+
+
+END = r"a\.tar cannot be read to its end \(.*\): fetch it again or repack it"
+TWICE = r"the ID '.*' stands twice, in .* and in .*: .*(rename|follow each other)"
+TARS = [
+    Refused("tar: a size that is negative", edited(124, b"\xff" * 12), END),
+    Refused("tar: a size beyond all disks", edited(124, b"\x80" + b"\0" * 3 + b"\xff" * 8), END),
+    Refused("tar: a size that is no number", edited(124, b"size?" + b"\0" * 7), END),
+    Refused("tar: a size beyond the file", edited(124, b"00077777777\0"), END),
+    Refused("tar: a header with a wrong checksum", edited(148, b"000000\0 ", checked=False), END),
+    Refused("tar: an attribute without end", raw_tar(header(tarfile.XHDTYPE, "x", 512), block(b"0 path=a\n" * 20), header(tarfile.REGTYPE, "y.jpg", 0)), END),
+    Refused("tar: an attribute of no length", raw_tar(header(tarfile.XHDTYPE, "x", 20), block(b"0 size=0\n00000000000"), header(tarfile.REGTYPE, "y.jpg", 0)), END),
+    Refused("tar: attributes of nothing", raw_tar(header(tarfile.XHDTYPE, "x", 0)), END),
+    Refused("tar: a long name of nothing", raw_tar(header(tarfile.GNUTYPE_LONGNAME, "././@LongLink", 600)), END),
+    Refused("tar: a key that comes again later", tar(("g1.jpg", shards.photo(9)), ("g1.cls", b"1")), TWICE),
+    Refused("tar: a sample twice in a row", tar(("g5.jpg", shards.photo(9)), ("g5.cls", b"1")), TWICE),
+    Refused("tar: images first, labels afterwards", lambda folder: shards.write_tar(folder / "a.tar", sorted(good_members(), key=lambda m: m[0][-3:])), TWICE),
+    Refused("tar: two shards with one key", lambda folder: shards.write_tar(folder / "s/b.tar", good_members(2)) and shards.write_tar(folder / "s/a.tar", good_members()).parent, TWICE),
+    Refused("tar: no member", lambda folder: shards.write_tar(folder / "a.tar", []), "a.tar holds no sample: give"),
+    Refused("tar: folders alone", lambda folder: shards.write_tar(folder / "a.tar", [(special("d", tarfile.DIRTYPE), b"")]), "a.tar holds no sample: give"),
+    Refused("tar: hidden files alone", lambda folder: shards.write_tar(folder / "a.tar", [("._a.jpg", b"x"), (".b.cls", b"1")]), "a.tar holds no sample: give"),
+    Refused("tar: two archives in one file", lambda folder: overwritten(tar()(folder), None, shards.write_tar(folder / "z/z.tar", good_members()).read_bytes()), END),
+    Refused("tar: gzip inside", lambda folder: packed(tar()(folder), "gzip"), r"a\.tar is packed by gzip, whatever its name says: rename it to .tar.gz"),
+    Refused("tar: bzip2 inside", lambda folder: packed(tar()(folder), "bz2"), r"a\.tar is packed by bzip2, .*: unpack it"),
+    Refused("tar: xz inside", lambda folder: packed(tar()(folder), "lzma"), r"a\.tar is packed by xz, .*: unpack it"),
+    Refused("tar: no label in any", lambda folder: shards.write_tar(folder / "a.tar", [(f"g{i}.jpg", shards.photo(i)) for i in range(9)]), "none of the 9 samples that were tried can be used .*no label|9 of 9 samples would be set aside.*no label"),
+    Refused("tar: all labels outside", lambda folder: shards.write_shard(folder / "a.tar", [7] * 9), "label of 9 of 9 samples is outside the network's classes 0..4.*\n--force"),
+]
+
+
+def overwritten(path: Path, at: int | None, new: bytes) -> Path:
+    content = bytearray(path.read_bytes())
+    at = len(content) if at is None else at
+    content[at : at + len(new)] = new
+    path.write_bytes(content)
+    return path
+
+
+def packed(path: Path, module: str) -> Path:
+    path.write_bytes(__import__(module).compress(path.read_bytes()))
+    return path
