@@ -23,7 +23,7 @@ class Crumb:
     def __init__(self, path: Path):
         self.path = path
         try:
-            last = read_json(path) if path.exists() else {}
+            last = read_json(path, "") if path.exists() else {}
         except BadRequest:
             last = {}
         self.last, self.deaths = last.get("at"), last.get("deaths", 0)

@@ -11,7 +11,6 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import manifest as manifest_module
 from pipeline import store as store_module
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout

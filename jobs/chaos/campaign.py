@@ -67,8 +67,8 @@ def _same(folder: Path, asked: dict) -> None:
     path = folder / "chaos.json"
     if not path.exists():
         write_json(path, asked)
-    elif read_json(path) != asked:
-        raise BadRequest(f"--run: {printable(folder)} holds rounds of seed {printable(read_json(path).get('seed'))} and its own kinds; ask for the same, or name another folder")
+    elif (known := read_json(path, "name another folder")) != asked:
+        raise BadRequest(f"--run: {printable(folder)} holds rounds of seed {printable(known.get('seed'))} and its own kinds; ask for the same, or name another folder")
 
 
 def _go_on(folder: Path, rounds: int, seed: int, kinds: list[str], records: list[Record]) -> None:

@@ -20,7 +20,7 @@ from jobs.cluster import PATIENCE
 from pipeline.store import Store
 
 AGAIN = 4  # times that the command is given again before the job is believed lost
-LONGEST = 240.0  # seconds that one job may take
+LONGEST = 600.0  # seconds that one job may take
 PACE = 0.08  # seconds that a unit takes longer where a moment between two units is wanted
 
 
