@@ -2,7 +2,8 @@
 
     python tests/endurance.py nodes       a quarter of an hour on 2 cores
     python tests/endurance.py soak
-    python tests/endurance.py draw        the figures of docs/reliability.md from what the other two have left in docs/data/reliability
+    python tests/endurance.py draw        the figures and tables of docs/reliability.md from what lies in docs/data/reliability: what the other two have left,
+                                          and chaos.json and rounds.jsonl of a `faultline chaos`
 
 Benchmarks, not tests: what they found is committed. Nodes are processes of this machine (`ray.cluster_utils.Cluster`); they share its cores, its disk and nothing else.
 """
@@ -193,5 +194,47 @@ def draw() -> None:
         print(IMAGES / f"{name}.svg")
 
 
+def tables() -> dict[str, str]:
+    """The tables of docs/reliability.md, by name: rounds by kind, and what the two long runs came to."""
+    from jobs.chaos.campaign import read_records
+    from jobs.chaos.kinds import KINDS
+
+    records, found = read_records(DATA), {}
+    rows = ["| fault | rounds | samples lost | doubled | wrong | units repeated (most that is allowed) | foul endings | seconds, median |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for kind, function in KINDS.items():
+        of = [r for r in records if r.kind == kind]
+        if of:
+            counts = [sum(getattr(r, name) for r in of) for name in ("lost", "doubled", "wrong", "repeated", "bound")]
+            rows.append(f"| **{kind}**: {function.__doc__.strip().rstrip('.')} | {len(of)} | {counts[0]} | {counts[1]} | {counts[2]} | {counts[3]} ({counts[4]}) | {sum(bool(r.foul) for r in of)} | {np.median([r.seconds for r in of]):.0f} |")
+    total = [sum(getattr(r, name) for r in records) for name in ("lost", "doubled", "wrong", "repeated", "bound")]
+    rows.append(f"| **all** | {len(records)} | {total[0]} | {total[1]} | {total[2]} | {total[3]} ({total[4]}) | {sum(bool(r.foul) for r in records)} | {np.median([r.seconds for r in records]):.0f} |")
+    found["rounds"] = "\n".join(rows)
+    for name in ("nodes", "soak"):
+        run = json.loads((DATA / f"{name}.json").read_text())
+        lines = dict.fromkeys(key for look in run["looks"] for key in look if key not in ("seconds", "units"))
+        rows = ["| | after a quarter of the units | half | three quarters | highest |", "|---|---:|---:|---:|---:|"]
+        for key in lines:
+            looks = [look for look in run["looks"] if key in look]
+            most = max(look["units"] for look in run["looks"])
+            at = [next((look for look in looks if look["units"] >= share * most), None) for share in (0.25, 0.5, 0.75)]
+            unit = "" if "handles" in key else " MiB"
+            rows.append(f"| {key} | " + " | ".join("" if look is None else f"{look[key]:.0f}{unit}" for look in at) + f" | {max(look[key] for look in looks):.0f}{unit} |")
+        found[name] = "\n".join(rows)
+    return found
+
+
+def page() -> str:
+    """docs/reliability.md with its tables as the data have them."""
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    for name, table in tables().items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        assert begin and end, name
+        text = f"{before}{begin}\n{table}\n\n{end}{after}"
+    return text
+
+
 if __name__ == "__main__":
     {"nodes": nodes, "soak": soak, "draw": draw}[sys.argv[1]]()
+    if sys.argv[1] == "draw":
+        (ROOT / "docs/reliability.md").write_text(page(), encoding="utf-8")

@@ -138,11 +138,11 @@ def test_shards_are_cut_as_webdataset_has_them(tmp_path):
     assert ids == [image.sample_id for image in images[: len(ids)]] and len(names) * 8 == len(ids) == 256
 
 
-def test_rounds_are_written_as_they_end(tmp_path):
-    """The committed figures of this project's own rounds are read by the same code."""
-    from pathlib import Path
+def test_the_tables_of_reliability_are_what_the_rounds_came_to():
+    import endurance
 
-    path = Path(__file__).parents[1] / "docs/data/reliability"
-    records = read_records(path)
-    assert records and json.loads((path / "chaos.json").read_text())["kinds"] == list(KINDS)
-    assert [r.round for r in records] == list(range(len(records)))
+    assert endurance.page() == (endurance.ROOT / "docs/reliability.md").read_text(encoding="utf-8"), "python tests/endurance.py draw writes them"
+    records = read_records(endurance.DATA)
+    assert [r.round for r in records] == list(range(len(records))) and json.loads((endurance.DATA / "chaos.json").read_text())["kinds"] == list(KINDS)
+    text = " ".join((endurance.ROOT / "docs/reliability.md").read_text(encoding="utf-8").split())
+    assert f"{len(records)} rounds" in text and not any(not r.clean for r in records)
