@@ -39,9 +39,9 @@ class Header:
             if version not in ((1, 0), (2, 0)):
                 raise Unfit(f"its format {version} is not known here: save it again with numpy.save")
             shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
-        except Unfit:
+        except (Unfit, OSError):
             raise
-        except ValueError:  # numpy's own words are about magic strings
+        except Exception:  # numpy parses the header as Python, which raises almost anything; its own words are about magic strings
             raise ValueError("it is no array of numpy's, or its beginning is damaged") from None
         if dtype.hasobject or dtype.names:
             raise Unfit("it holds Python objects (a pickle) or records, which are never loaded; save plain numbers")

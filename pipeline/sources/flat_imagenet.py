@@ -7,7 +7,6 @@ tree (num_children 0) are the classes, and the label is the rank among their sor
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import tarfile
@@ -19,8 +18,9 @@ from typing import ClassVar
 
 from pipeline.errors import BadRequest, printable
 from pipeline.sources import Each, RawSample, Shard, Source
-from pipeline.sources.classes import is_class, sample_id_of
+from pipeline.sources.classes import WNID, is_class, sample_id_of
 from pipeline.sources.files import DEVKIT, digest, folders_in, holds_image, images_in, is_litter, load, look
+from pipeline.sources.matlab import structs
 
 NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:_n\d{8})?\.")
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -125,17 +125,23 @@ def _beside(root: str) -> str | None:
 
 def _leaves(where: str, meta: bytes) -> dict[int, str]:
     """ILSVRC2012_ID -> WordNet ID of the synsets without children. Raises BadRequest for a meta.mat that is not the devkit's."""
-    from scipy.io import loadmat
-
     try:
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"].reshape(-1)
-        rows = [(int(s["ILSVRC2012_ID"]), str(s["WNID"]), int(s["num_children"])) for s in synsets]
-    except Exception as fault:  # scipy raises almost anything on a damaged file
-        raise BadRequest(f"{printable(where)}: its {META} cannot be read ({type(fault).__name__}: {printable(fault)[:100]}): fetch {DEVKIT}.tar.gz again") from None
+        rows = [(_whole(s["ILSVRC2012_ID"]), s["WNID"], _whole(s["num_children"])) for s in structs(meta, "synsets", ("ILSVRC2012_ID", "WNID", "num_children"))]
+        if not all(isinstance(wnid, str) and WNID.fullmatch(wnid) for _, wnid, _ in rows):
+            raise ValueError("a WNID is none")
+    except ValueError as fault:
+        raise BadRequest(f"{printable(where)}: its {META} cannot be read ({printable(fault)[:100]}): fetch {DEVKIT}.tar.gz again") from None
     leaves = {number: wnid for number, wnid, children in rows if children == 0}
     if len(set(leaves.values())) != sum(children == 0 for _, _, children in rows):
         raise BadRequest(f"{printable(where)}: its {META} names a synset twice: fetch {DEVKIT}.tar.gz again")
     return leaves
+
+
+def _whole(value: float | str | None) -> int:
+    """Raises ValueError for what is no whole number."""
+    if not isinstance(value, float) or not value.is_integer():
+        raise ValueError("an ILSVRC2012_ID or num_children is no whole number")
+    return int(value)
 
 
 def _devkit_files(root: str, given: str | None) -> tuple[str, bytes, bytes]:
