@@ -169,7 +169,7 @@ def mask(
     layers: Chosen = None,
     hosts: Annotated[Optional[int], typer.Option(help="Paste the salient pixels into so many other images of the class that the network is right about (0: none). Default: 10, and 40 for one image.")] = None,
     annotations: Annotated[Optional[Path], typer.Option("--boxes", help="Of a data set: the folder of ImageNet's annotations (.xml); pixels outside the object are masked too.")] = None,
-    region: Annotated[Optional[str], typer.Option(help="Of one image: a region of your own, LEFT,TOP,RIGHT,BOTTOM in pixels as the network sees it, or a PNG that is bright there.")] = None,
+    region: Annotated[Optional[str], typer.Option(help="Of one image: a region of your own, LEFT,TOP,RIGHT,BOTTOM in pixels as the network sees it, or a PNG that is opaque there (bright, if it is opaque everywhere): as large as the image, and then resized and cropped as that is, or as what the network sees of it.")] = None,
     filters: Annotated[Optional[str], typer.Option(help="Of one image: these filters instead of the most salient, LAYER:CHANNEL, several with commas.")] = None,
     label: FileLabel = None,
     model: FileModel = None,

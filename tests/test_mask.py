@@ -220,7 +220,7 @@ def test_a_file_without_a_run(level, tmp_path, monkeypatch):
     small, facts, pixels = level, profiles(level.run, "val"), pixels_of(level)
     i = wrong(facts)[0]
     Image.fromarray(pixels[i]).save("image.png")
-    Image.fromarray(np.uint8(255) * (np.indices((20, 24)).sum(0) < 9).astype(np.uint8)).save("region.png")
+    Image.fromarray(np.uint8(255) * (np.indices((10, 12)).sum(0) < 5).astype(np.uint8)).save("region.png")
     words = ("--percent", 10, "-k", 3, "--format", "json")
     one = tiny.call("mask", "image.png", "--label", facts[i]["label"], "--model", "tiny:level", "--statistics", small.run / "statistics/val.parquet", "--region", "region.png", *words)
     assert one.code == 0 and "nothing to paste into: an image of a run is needed" in one.err and len(list(tmp_path.glob("image.png*.masked.png"))) == 1, one.err
