@@ -149,13 +149,13 @@ def case_without_run(path: Path, label: int, model: str, weights: str | None, pr
     classifier = models.load(model, weights, preprocess)
     layout = FilterLayout.of(classifier.network)
     if statistics.suffix == ".parquet":
-        reference = Reference.read(statistics, layout)
+        reference = Reference.read(statistics, layout, run=False)
         if aggregation not in (None, reference.aggregation):
             raise BadRequest(f"--aggregation: {printable(statistics)} was aggregated as '{reference.aggregation}', not '{printable(aggregation)}'")
     elif aggregation is None:
         raise BadRequest("--aggregation: published statistics do not say how they were aggregated; say abs, the mean of |gradient|, or signed, |the mean|")
     else:
-        reference = import_published(statistics, aggregation, layout)
+        reference = import_published(statistics, aggregation, layout, run=False)
     side = classifier.preprocessing.crop or 64
     classes = check_network(classifier.network, torch.zeros(1, 3, side, side))
     return case_of_file(path, label, classifier.network.to(device), classifier.preprocessing, classifier.class_names, classes, reference)

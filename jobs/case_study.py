@@ -7,14 +7,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from index.run import Run
 from jobs.case import Case, Target, opened, picture_of
 from jobs.explain import Wanted, compute
 from jobs.mask import check_settings, classifier
 from jobs.progress import say
-from pipeline.errors import BadRequest, printable
+from jobs.region import region_of
+from pipeline.errors import printable
 from pipeline.experiment import Named, gathered
 from pipeline.interventions.masking import Classify, filling, mask, paste
 from pipeline.samples import Sample
@@ -22,7 +22,6 @@ from pipeline.store import Store
 
 STEPS = {"salient": "the {p} most salient pixels", "next": "the next {p}", "random": "{p} at random", "least": "the {p} least salient"}
 OTHERS = 40  # images that the region is pasted into, as in the paper
-LARGEST = 2**26  # pixels of a PNG
 
 
 def study(target: Target, wanted: Wanted, dataset: str | None, share: float, fill: str, region: str | None, hosts: int, out: Path | None) -> dict:
@@ -33,8 +32,7 @@ def study(target: Target, wanted: Wanted, dataset: str | None, share: float, fil
     wanted.check()
     check_settings(fill, wanted.k, wanted.boost, hosts)
     run, case, device = opened(target, out)
-    shape = case.sample.pixels.shape[:2]
-    own = region_of(region, shape) if region else None
+    own = region_of(region, case.sample, case.preprocessing) if region else None
     explained = compute(case, wanted, device)
     classify = classifier(case.network, case.preprocessing, device)
     heat = explained["map"].max(0)
@@ -100,25 +98,3 @@ def pasted(case: Case, classify: Classify, salient: np.ndarray, others: list[Sam
     before, after = (classify(p)[:, wrong] for p in (pixels, paste(salient, case.sample.pixels, pixels)))
     each = [{"sample_id": s.sample_id, "before": float(b), "after": float(a)} for s, b, a in zip(others, before, after)]
     return {"hosts": len(others), "rises": int((after > before).sum()), "change": float((after - before).mean()), "each": each}
-
-
-def region_of(text: str, shape: tuple[int, int]) -> np.ndarray:
-    """bool [H, W] of `LEFT,TOP,RIGHT,BOTTOM`, in pixels of the image as the network sees it, or of a PNG that is bright (or opaque) where the region is, stretched to
-    its size. Raises BadRequest for a region that is empty, everything, or beside the image."""
-    numbers = text.split(",")
-    found = np.zeros(shape, bool)
-    if len(numbers) == 4 and all(part.strip().isdecimal() for part in numbers):
-        left, top, right, bottom = map(int, numbers)
-        found[top:bottom, left:right] = True
-    else:
-        try:
-            with Image.open(text, formats=("PNG",)) as image:
-                if image.width * image.height > LARGEST:
-                    raise BadRequest(f"--region: {printable(text)} has more than {LARGEST:,} pixels: give it as large as the image")
-                channel = image.getchannel("A") if "A" in image.getbands() else image.convert("L")
-                found = np.asarray(channel.resize(shape[::-1], Image.Resampling.NEAREST)) > 127
-        except (OSError, ValueError) as fault:
-            raise BadRequest(f"--region: '{printable(text)}' is neither LEFT,TOP,RIGHT,BOTTOM in pixels nor a PNG that can be read ({printable(fault)})") from None
-    if not found.any() or found.all():
-        raise BadRequest(f"--region: '{printable(text)}' covers {'none' if not found.any() else 'all'} of the {shape[1]} x {shape[0]} pixels that the network sees")
-    return found

@@ -1,7 +1,7 @@
 """THE list of the paper's claims (Levin et al., 2022), and what an experiment's numbers say of each.
 
-A claim is judged from the summary of one verb alone, by 95% intervals: a difference is reproduced only where its interval lies on the claimed side of 0. One that
-does not exclude 0 is "not reproduced", and so is one on the other side; of fewer than `FEW` samples nothing is concluded. Where a summary has no interval of
+A claim is judged from the summary of one verb alone, by 95% intervals: a difference is reproduced only where its interval lies on the claimed side of 0, and refuted,
+"not reproduced", only where it lies on the other; one that holds 0 is undecided. Of fewer than `FEW` samples nothing is concluded. Where a summary has no interval of
 the difference itself, `apart` takes the widest that both intervals allow, which never says more than is known.
 """
 
@@ -13,13 +13,13 @@ from functools import partial
 
 from pipeline.intervals import FEW, Interval
 
-REPRODUCED, NOT, UNTESTABLE = "reproduced", "not reproduced", "not testable here"
+REPRODUCED, NOT, UNDECIDED, UNTESTABLE = "reproduced", "not reproduced", "undecided", "not testable here"
 NEAR, RATE, SHARE = 20, 0.5, 0.05  # filters, length of a step and share of the pixels that claims are about, or the nearest that was tried
 
 
 @dataclass(frozen=True)
 class Finding:
-    """ours: the figures; interval: the 95% intervals that decide; verdict: one of the three; why: a sentence without its end."""
+    """ours: the figures; interval: the 95% intervals that decide; verdict: one of the four; why: a sentence without its end."""
 
     ours: str
     interval: str
@@ -73,7 +73,7 @@ def judged(ours: str, gaps: dict[str, Interval], samples: int) -> Finding:
     if reversed_:
         return Finding(ours, interval, NOT, f"it is the other way round: {_listed(reversed_)}")
     if unclear:
-        return Finding(ours, interval, NOT, "not clearly apart" + (f": {_listed(unclear)}" if len(gaps) > 1 else ""))
+        return Finding(ours, interval, UNDECIDED, "not clearly apart" + (f": {_listed(unclear)}" if len(gaps) > 1 else ""))
     return Finding(ours, interval, REPRODUCED, "clearly apart" + (", all of them" if len(gaps) > 2 else ", both" if len(gaps) == 2 else ""))
 
 
@@ -148,7 +148,7 @@ def pruning_corrects(summary: dict) -> Finding:
     ours, gaps = _pruned(summary, "corrected", "paired", "")
     finding = judged(ours, gaps, summary["samples"])
     before = _fact(summary, "before_logits")
-    if finding.verdict == NOT and before and not summary.get("layers"):
+    if finding.verdict in (NOT, UNDECIDED) and before and not summary.get("layers"):
         return replace(finding, why=f"{finding.why}; the last layer has one filter a class and makes the logits, so that a true class that is turned off cannot win: faultline prune --layers {before} leaves it alone")
     return finding
 
@@ -285,7 +285,7 @@ def transplants_mislead(summary: dict) -> Finding:
     half = Interval(rises.estimate - 0.5, rises.low - 0.5, rises.high - 0.5, rises.n)
     finding = judged(f"rises in {rises.estimate:.3f} of {found['pairs']:,} images, by {change.estimate:+.4f} on average", {"share that rises - half": half, "change": change}, found["samples"])
     beside = transplants_beat_random(summary).verdict
-    return replace(finding, why=f"{finding.why}; but not clearly in more of them than with as many random pixels") if (finding.verdict, beside) == (REPRODUCED, NOT) else finding
+    return replace(finding, why=f"{finding.why}; but not clearly in more of them than with as many random pixels") if finding.verdict == REPRODUCED and beside in (NOT, UNDECIDED) else finding
 
 
 def transplants_beat_random(summary: dict) -> Finding:
@@ -332,9 +332,3 @@ CLAIMS = (
     Claim("sanity-profiles", "Profiles depend on what was learnt", "Adebayo et al., 2018", "Profiles depend on what the network has learnt: they lose their likeness as its layers are randomised from the top down.", "sanity", partial(likeness_falls, columns={"profile_cosine": "cosine", "profile_rank": "order of filters"})),
     Claim("sanity-maps", "So do heat maps", "Adebayo et al., 2018", "So do the heat maps of salient pixels.", "sanity", partial(likeness_falls, columns={"map_rank": "order of pixels"})),
 )  # fmt: skip
-
-
-def tally(found: list[tuple[Claim, Finding]]) -> dict[str, int]:
-    """How many of the paper's claims have each verdict, in the order of the three."""
-    counted = [finding.verdict for claim, finding in found if not claim.own]
-    return {verdict: counted.count(verdict) for verdict in (REPRODUCED, NOT, UNTESTABLE)}

@@ -89,7 +89,7 @@ def reproduce(
     dataset: Dataset = None,
     source: Annotated[Optional[str], typer.Option("--from", help="The data set whose errors ask for neighbours and take the step. Default: --dataset.")] = None,
     within: Annotated[Optional[str], typer.Option("--in", help="The data set that neighbours are sought in and the step is tried on. Default: the other one of the run.")] = None,
-    max_samples: MaxSamples = None,
+    max_samples: Annotated[Optional[int], typer.Option(help="Only N errors of each verb, chosen by --seed; profile, which reads no image, takes all samples. Default: all, and 100 for sanity.")] = None,
     seed: Seed = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard earlier results of these verbs that were made with other settings.")] = False,
     device: Device = None,
@@ -99,15 +99,14 @@ def reproduce(
 ) -> None:
     """The whole paper over a run: profile, prune, neighbors, finetune, mask and sanity, then each claim with its verdict on one page, experiments/report.html."""
     from jobs import output
-    from jobs.claims import REPRODUCED, tally
     from jobs.experiment import Request
     from jobs.reproduce import reproduce as job
+    from jobs.verdicts import headline
 
     output.check_format(format, ("table", "json"))
     found, page = job(Request(run, dataset, None, max_samples, seed, fresh, device, engines(actors), address), source, within)
     output.claims(found, str(page), format)
-    counts = tally(found)
-    say(f"{counts[REPRODUCED]} of {sum(counts.values())} claims reproduced: {printable(page)}")
+    say(f"{printable(headline(found))}: {printable(page)}")
 
 
 def explain(
@@ -170,7 +169,7 @@ def mask(
     layers: Chosen = None,
     hosts: Annotated[Optional[int], typer.Option(help="Paste the salient pixels into so many other images of the class that the network is right about (0: none). Default: 10, and 40 for one image.")] = None,
     annotations: Annotated[Optional[Path], typer.Option("--boxes", help="Of a data set: the folder of ImageNet's annotations (.xml); pixels outside the object are masked too.")] = None,
-    region: Annotated[Optional[str], typer.Option(help="Of one image: a region of your own, LEFT,TOP,RIGHT,BOTTOM in pixels as the network sees it, or a PNG that is bright there.")] = None,
+    region: Annotated[Optional[str], typer.Option(help="Of one image: a region of your own, LEFT,TOP,RIGHT,BOTTOM in pixels as the network sees it, or a PNG that is opaque there (bright, if it is opaque everywhere): as large as the image, and then resized and cropped as that is, or as what the network sees of it.")] = None,
     filters: Annotated[Optional[str], typer.Option(help="Of one image: these filters instead of the most salient, LAYER:CHANNEL, several with commas.")] = None,
     label: FileLabel = None,
     model: FileModel = None,

@@ -177,7 +177,7 @@ def _discards(store: Store, name: str, settings: dict, fresh: bool | None, quiet
     if fresh or not path.exists():
         return bool(fresh)
     before = read_json(path, "add --fresh to discard what lies there, and compute it anew")
-    words = {"run": "the run itself has changed", "profiles": f"the profiles of {' or '.join(map(printable, (settings['dataset'], *settings.get('datasets', ()))))} have changed", "statistics_sha256": f"the statistics of {printable(settings['reference'])} have changed"}
+    words = {"run": "the run itself has changed", "profiles": f"the profiles of {' or '.join(map(printable, (settings['dataset'], *settings.get('datasets', ()))))} have changed", "annotations": "the annotations have changed", "statistics_sha256": f"the statistics of {printable(settings['reference'])} have changed"}
     faults = [words.get(key) or f"{key.replace('_', ' ')} {_short(before.get(key))}, not {_short(settings.get(key))}" for key in dict.fromkeys([*settings, *before]) if before.get(key) != settings.get(key)]
     if faults and fresh is False:
         raise OtherSettings(f"{printable(path.parent)} was made with other settings: {'; '.join(faults)}. Ask for the same again, or add --fresh to discard what is there", "; ".join(faults))

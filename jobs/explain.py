@@ -97,6 +97,8 @@ def compute(case: Case, wanted: Wanted, device: str) -> dict:
     found = engine.smooth(*ask, wanted.copies, wanted.share, wanted.seed) if wanted.copies else engine(*ask)
     if not (found.logits.isfinite().all() and found.maps.isfinite().all()):
         raise BadRequest(f"{printable(case.sample.sample_id)}: the network's output, or its gradient, is not finite (NaN or infinity) for this image: nothing can be explained")
+    if found.coarse.any():
+        say(f"the map is largely rounding: a few filters outweigh all others (the cosine distance is {float(found.distance[0]):.1e}), and the network does not run in float64; other --filters or --statistics can tell more")
     confidence = found.logits[0].double().softmax(0)
     prediction = int(confidence.argmax())
     hot = heat(found.maps)
@@ -105,7 +107,7 @@ def compute(case: Case, wanted: Wanted, device: str) -> dict:
         "label": case.sample.label, "label_name": case.name(case.sample.label), "label_confidence": float(confidence[case.sample.label]),
         "prediction": prediction, "prediction_name": case.name(prediction), "confidence": float(confidence[prediction]),
         "filters": [dict(zip(("layer", "filter", "standardised"), (*case.layout.locate(int(c)), float(standardised[c])))) for c in columns],
-        "dead_filters": int((~case.reference.live).sum()), "boost": wanted.boost, "distance": float(found.distance[0]),
+        "dead_filters": int((~case.reference.live).sum()), "boost": wanted.boost, "distance": float(found.distance[0]), "coarse": bool(found.coarse.any()),
         "heat": display(hot)[0], "map": found.maps[0].float().cpu().numpy(), "standardised": standardised,
     }  # fmt: skip
 

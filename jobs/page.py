@@ -1,12 +1,12 @@
 """How the page of `faultline reproduce` looks: on a screen of any width, in light and in dark, and on paper. Verdicts are told by a word and a mark; colour only helps."""
 
-from jobs.claims import NOT, REPRODUCED, UNTESTABLE
+from jobs.claims import NOT, REPRODUCED, UNDECIDED, UNTESTABLE
 
-MARKS = {REPRODUCED: ("\u2713", "yes"), NOT: ("\u2717", "no"), UNTESTABLE: ("\u25cb", "open")}  # mark, class of style
+MARKS = {REPRODUCED: ("\u2713", "yes"), NOT: ("\u2717", "no"), UNDECIDED: ("?", "unclear"), UNTESTABLE: ("\u25cb", "open")}  # mark, class of style
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d1c1a; --faint: #66625b; --paper: #fbfaf7; --card: #fff; --line: #ddd8ce; --yes: #1f6b3a; --no: #a8320b; --open: #5c5850; --link: #1b5e9e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e9e6df; --faint: #a7a299; --paper: #181715; --card: #211f1d; --line: #3a3733; --yes: #7fcf98; --no: #ff9d77; --open: #b9b3a8; --link: #8fc1f0; } }
+:root { color-scheme: light dark; --ink: #1d1c1a; --faint: #66625b; --paper: #fbfaf7; --card: #fff; --line: #ddd8ce; --yes: #1f6b3a; --no: #a8320b; --unclear: #735600; --open: #5c5850; --link: #1b5e9e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e9e6df; --faint: #a7a299; --paper: #181715; --card: #211f1d; --line: #3a3733; --yes: #7fcf98; --no: #ff9d77; --unclear: #e3c46b; --open: #b9b3a8; --link: #8fc1f0; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: auto; }
 body { margin: 0 auto; max-width: 76rem; padding: 2.5rem clamp(1rem, 4vw, 3rem) 4rem; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
@@ -21,7 +21,7 @@ a:focus-visible, summary:focus-visible { outline: 3px solid var(--link); outline
 .tally { list-style: none; display: flex; flex-wrap: wrap; gap: 0.7rem; margin: 1.6rem 0; padding: 0; }
 .tally .verdict { white-space: normal; overflow-wrap: normal; line-height: 1.25; }
 .tally li { flex: 1 1 6rem; min-width: 0; display: flex; flex-direction: column; background: var(--card); border: 1px solid var(--line); border-top: 4px solid var(--open); border-radius: 6px; padding: 0.7rem 1rem 0.8rem; }
-.tally li.yes { border-top-color: var(--yes); } .tally li.no { border-top-color: var(--no); border-top-style: dashed; } .tally li.open { border-top-style: dotted; }
+.tally li.yes { border-top-color: var(--yes); } .tally li.no { border-top-color: var(--no); border-top-style: dashed; } .tally li.unclear { border-top-color: var(--unclear); border-top-style: double; } .tally li.open { border-top-style: dotted; }
 .tally b { font-size: 2.2rem; line-height: 1.15; font-variant-numeric: tabular-nums; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: 0.8rem 2rem; margin: 1.8rem 0; }
 dl div { min-width: 0; } dt { color: var(--faint); font-size: 0.85rem; } dd { margin: 0; }
@@ -36,7 +36,7 @@ thead th { color: var(--faint); font-size: 0.85rem; padding: 0.3rem 1rem 0.3rem 
 .claims th[scope=row] { width: 35%; } .claims td { font-size: 0.94rem; } .claims td:nth-child(2) { width: 23%; } .claims td:nth-child(4) { width: 19%; padding-right: 0; }
 .claims a { font-weight: 600; text-decoration: none; } .claims a:hover { text-decoration: underline; } .text { display: block; font-size: 0.94rem; }
 .place { display: block; color: var(--faint); font-size: 0.82rem; }
-.verdict { font-weight: 650; white-space: nowrap; } .verdict.yes { color: var(--yes); } .verdict.no { color: var(--no); } .verdict.open { color: var(--open); }
+.verdict { font-weight: 650; white-space: nowrap; } .verdict.yes { color: var(--yes); } .verdict.no { color: var(--no); } .verdict.unclear { color: var(--unclear); } .verdict.open { color: var(--open); }
 .range { white-space: nowrap; }
 .why { display: block; color: var(--faint); font-size: 0.88rem; } .none { color: var(--faint); }
 tr:target th, tr:target td { background: var(--card); }
@@ -54,7 +54,7 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line);
   .claims thead, .sets thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .claims, .claims tbody, .claims tr, .claims th[scope=row], .claims td, .claims td:nth-child(n), .sets, .sets tbody, .sets tr, .sets th, .sets td { display: block; width: auto; }
   .claims tr, .sets tr { border: 1px solid var(--line); border-left: 4px solid var(--open); border-radius: 6px; background: var(--card); padding: 0.8rem 1rem; margin: 0 0 0.8rem; }
-  .claims tr.yes { border-left-color: var(--yes); } .claims tr.no { border-left-color: var(--no); border-left-style: dashed; } .claims tr.open { border-left-style: dotted; }
+  .claims tr.yes { border-left-color: var(--yes); } .claims tr.no { border-left-color: var(--no); border-left-style: dashed; } .claims tr.unclear { border-left-color: var(--unclear); border-left-style: double; } .claims tr.open { border-left-style: dotted; }
   .claims th, .claims td, .sets th, .sets td { border: 0; padding: 0.15rem 0; }
   .claims td::before, .sets td::before { content: attr(data-label) ": "; color: var(--faint); font-size: 0.85rem; }
   .claims td[data-label=verdict]::before { content: none; }

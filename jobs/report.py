@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from index import Run
-from jobs.claims import NOT, REPRODUCED, UNTESTABLE, Claim, Finding, tally
+from jobs.claims import NOT, REPRODUCED, UNDECIDED, UNTESTABLE, Claim, Finding
 from jobs.page import MARKS, STYLE
+from jobs.verdicts import tally, untestable
 from pipeline.atomic import replace_file
 from pipeline.errors import BadRequest, printable
 
@@ -92,7 +93,7 @@ class About:
         except PackageNotFoundError:
             own = "not installed"
         recipe = f"{'mean |gradient|' if m.aggregation == 'abs' else '|mean gradient|'} of a filter's weights, {m.precision}"
-        return cls(run.store.run.absolute().name, m.model, m.weights_sha256, len(m.layers.layers), m.layers.total, recipe, f"at most {most:,} for each experiment, drawn by seed {seed}" if most else "all, for each experiment; 100 for the sanity checks", tuple(sets), own, time.strftime("%Y-%m-%d", time.gmtime()))
+        return cls(run.store.run.absolute().name, m.model, m.weights_sha256, len(m.layers.layers), m.layers.total, recipe, f"at most {most:,} errors for each experiment, drawn by seed {seed}; all samples for the profiles, which need no image" if most else "all, for each experiment; 100 for the sanity checks", tuple(sets), own, time.strftime("%Y-%m-%d", time.gmtime()))
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _header(about: About, found: list[tuple[Claim, Finding]]) -> str:
     )
     return f"""<header>
 <p class="kicker">Where do models go wrong? Run again on {_foreign(about.model)}</p>
-<h1>{counts[REPRODUCED]} of {total} claims reproduced</h1>
+<h1>{f"None of the {total} claims can be tested here" if untestable(found) is not None else f"{counts[REPRODUCED]} of {total} claims reproduced"}</h1>
 <p class="lead">{_answer(about, counts, found)}</p>
 <ul class="tally" aria-label="claims by verdict">{tiles}</ul>
 <dl>
@@ -189,13 +190,16 @@ def _header(about: About, found: list[tuple[Claim, Finding]]) -> str:
 
 def _answer(about: About, counts: dict[str, int], found: list[tuple[Claim, Finding]]) -> str:
     """One paragraph."""
-    total = sum(counts.values())
-    text = f"Of {total} claims (Levin et al., 2022, with the sanity checks of Adebayo et al., 2018), {counts[REPRODUCED]} {'is' if counts[REPRODUCED] == 1 else 'are'} reproduced on this run{', ' if counts[UNTESTABLE] else ' and '}{counts[NOT]} {'is' if counts[NOT] == 1 else 'are'} not"
-    text += f", and {counts[UNTESTABLE]} cannot be tested here." if counts[UNTESTABLE] else "."
-    against = [f"{claim.short[0].lower()}{claim.short[1:]} ({claim.place[0].lower()}{claim.place[1:]})" for claim, finding in found if finding.verdict == NOT and not claim.own]
-    if against:
-        text += f" Not reproduced: {'; '.join(against)}."
-    return _safe(f"{text} A claim counts as reproduced only where the 95% interval of the difference lies on the claimed side of 0.")
+    total, why = sum(counts.values()), untestable(found)
+    about_them = f"{total} claims (Levin et al., 2022, with the sanity checks of Adebayo et al., 2018)"
+    if why is not None:
+        return _safe(f"Of {about_them}, nothing can be said on this run: {why}.")
+    are = lambda n: f"{n} {'is' if n == 1 else 'are'}"  # noqa: E731
+    text = f"Of {about_them}, {are(counts[REPRODUCED])} reproduced on this run, {are(counts[NOT])} not reproduced, {are(counts[UNDECIDED])} undecided, and {counts[UNTESTABLE]} cannot be tested here."
+    for verdict, words in ((NOT, "Not reproduced"), (UNDECIDED, "Undecided")):
+        named = [f"{claim.short[0].lower()}{claim.short[1:]} ({claim.place[0].lower()}{claim.place[1:]})" for claim, finding in found if finding.verdict == verdict and not claim.own]
+        text += f" {words}: {'; '.join(named)}." if named else ""
+    return _safe(f"{text} A claim counts as reproduced only where the 95% interval of the difference lies on the claimed side of 0, and as not reproduced only where it lies on the other; where it holds 0, the claim is undecided.")
 
 
 def _claims(name: str, title: str, found: list[tuple[Claim, Finding]]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from index import Run
 from index.build import build
 from jobs import cluster, report
-from jobs.claims import CLAIMS, Claim, Finding
+from jobs.claims import CLAIMS, UNTESTABLE, Claim, Finding
 from jobs.experiment import OtherSettings, Rehearsal, Request
 from jobs.progress import say, stages
 from pipeline.errors import BadRequest, Stopped, printable
@@ -57,16 +57,18 @@ class Sets:
 
 @dataclass(frozen=True)
 class Step:
-    """A verb with what it is asked here. run: (run, sets, index name, request) -> its summary, or of a rehearsed request its `Rehearsal`; searches: it needs the index."""
+    """A verb with what it is asked here. run: (run, sets, index name, request) -> its summary, or of a rehearsed request its `Rehearsal`; searches: it needs the index; whole: it
+    looks at all samples, whatever --max-samples says."""
 
     run: Callable[[Run, Sets, str | None, Request], dict | Rehearsal]
     searches: bool = False
+    whole: bool = False
 
 
 def _profile(run: Run, sets: Sets, index: str | None, request: Request) -> dict | Rehearsal:
     from jobs.profile import profile
 
-    return profile(request, None)
+    return profile(replace(request, max_samples=None), None)  # few samples, most of them correct, would leave hardly an error
 
 
 def _prune(run: Run, sets: Sets, index: str | None, request: Request) -> dict | Rehearsal:
@@ -103,7 +105,7 @@ def _sanity(run: Run, sets: Sets, index: str | None, request: Request) -> dict |
     return sanity(replace(request, max_samples=request.max_samples or 100), 10, 100.0)
 
 
-STEPS = {"profile": Step(_profile), "prune": Step(_prune), "neighbors": Step(_neighbors, searches=True), "finetune": Step(_finetune, searches=True), "mask": Step(_mask), "sanity": Step(_sanity)}
+STEPS = {"profile": Step(_profile, whole=True), "prune": Step(_prune), "neighbors": Step(_neighbors, searches=True), "finetune": Step(_finetune, searches=True), "mask": Step(_mask), "sanity": Step(_sanity)}
 
 
 def reproduce(request: Request, source: str | None, within: str | None) -> tuple[list[tuple[Claim, Finding]], Path]:
@@ -150,8 +152,12 @@ def reproduce(request: Request, source: str | None, within: str | None) -> tuple
 
 
 def judge(summaries: dict[str, dict], missing: dict[str, str], facts: dict) -> list[tuple[Claim, Finding]]:
-    """Every claim with what was found of it. missing: verb -> why it has no summary."""
-    return [(claim, claim.find(summaries[claim.verb] | {"facts": facts} if claim.verb in summaries else None, missing.get(claim.verb, "it was not done"))) for claim in CLAIMS]
+    """Every claim with what was found of it. missing: verb -> why it has no summary. Of a run that has no error, that is the reason for all of them."""
+    found = [(claim, claim.find(summaries[claim.verb] | {"facts": facts} if claim.verb in summaries else None, missing.get(claim.verb, "it was not done"))) for claim in CLAIMS]
+    if facts["errors"]:
+        return found
+    why = f"no sample of {' or '.join(map(printable, facts['datasets']))} is misclassified, and the claims are about errors: extract images that the network errs on"
+    return [(claim, replace(finding, why=why) if finding.verdict == UNTESTABLE else finding) for claim, finding in found]
 
 
 # ---- what is to be done --------------------------------------------------------------------------------------------
@@ -171,7 +177,7 @@ def _plan(run: Run, sets: Sets, request: Request) -> tuple[dict[str, str], str |
     costs |= _rehearse(run, sets, index, request, missing, [verb for verb in STEPS if verb not in costs and verb not in missing])
     for verb in STEPS:
         if verb in costs:
-            say(f"{verb}: {costs[verb]}")
+            say(f"{verb}: {costs[verb]}" + ("; all samples, and not --max-samples of them" if STEPS[verb].whole and request.max_samples else ""))
     return missing, index
 
 
@@ -229,9 +235,10 @@ def _build(run: Run, sets: Sets) -> str:
 
 
 def facts_of(run: Run, sets: Sets) -> dict[str, object]:
-    """What claims need to know of the run beside the verbs' numbers: see `claims._fact`."""
+    """What claims need to know of the run beside the verbs' numbers: see `claims._fact`; and of `datasets` together, those that are looked at, the number of `errors`."""
     errors = {}
-    for dataset in {sets.source, sets.within}:
+    names = list(dict.fromkeys((sets.dataset, sets.source, sets.within)))
+    for dataset in names:
         label, prediction = classes_of(run.store, dataset)
         errors[dataset] = list(zip(label[label != prediction].tolist(), prediction[label != prediction].tolist()))
     sought, itself = errors[sets.within], int(sets.source == sets.within)
@@ -240,10 +247,11 @@ def facts_of(run: Run, sets: Sets) -> dict[str, object]:
     count = max(1, len(asked))
     layers = run.layers
     return {
+        "datasets": names, "errors": sum(map(len, errors.values())),
         "pair": sum(pairs[a, b] + pairs[b, a] - itself for a, b in asked) / count,
         "class": sum(labels[a] - itself for a, _ in asked) / count,
         "before_logits": f"{layers[0][0]}..{layers[-2][0]}" if len(layers) > 1 and layers[-1][1] == run.manifest.classes else None,
-    }
+    }  # fmt: skip
 
 
 def classes_of(store: Store, dataset: str) -> tuple[np.ndarray, np.ndarray]:
@@ -266,6 +274,6 @@ def command_of(verb: str, run: Run, sets: Sets, request: Request, index: str | N
         words += ["--name", index] if index not in (None, "errors") else []
     else:
         words += ["--dataset", sets.dataset]
-    words += ["--max-samples", str(request.max_samples)] if request.max_samples else []
+    words += ["--max-samples", str(request.max_samples)] if request.max_samples and not STEPS[verb].whole else []
     words += ["--seed", str(request.seed)] if request.seed else []
     return shlex.join(words)

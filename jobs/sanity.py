@@ -1,5 +1,8 @@
 """`faultline sanity`: whether profiles and heat maps depend on what the network has learnt (Adebayo et al., 2018). Its layers are randomised from the top down, and what explained
-a misclassified sample is compared with what these networks give for it, and with what another sample has."""
+a misclassified sample is compared with what these networks give for it, and with what another sample has.
+
+All of it in float64. Shuffling wakes filters that hardly ever answered, by 1e5 sigma and more, whichever of them a map is about: what is left of the distance is then 1e-6, of
+which float32 has two digits at best, and a map in it is largely rounding. A network that cannot run in float64 is asked in float32, and that is said."""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import pyarrow.compute as pc
 
 from jobs import charts
 from jobs.experiment import Request, carry_out, refuse_changed_source, standards
+from jobs.progress import say
 from pipeline.errors import BadRequest, printable
 from pipeline.experiment import Choice, Rows, batches, gathered, images_of, network_of, units_of
 from pipeline.interventions.choice import choose
@@ -38,7 +42,7 @@ MEANING = {
     "profile_rank": "{} is the architecture's",
     "map_rank": "{} is the image's, as in an edge detector, and not what was learnt",
 }
-SCHEMA = pa.schema([("sample_id", pa.string()), ("stage", pa.int32()), ("layer", pa.string()), *((name, pa.float64()) for name in MEASURES), ("silent", pa.bool_())])
+SCHEMA = pa.schema([("sample_id", pa.string()), ("stage", pa.int32()), ("layer", pa.string()), *((name, pa.float64()) for name in MEASURES), ("silent", pa.bool_()), ("float64", pa.bool_())])
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Randomising:
     schema: pa.Schema = SCHEMA
 
     def settings(self) -> dict[str, object]:
-        return {"k": self.k, "boost": self.boost, "others": OTHERS}
+        return {"k": self.k, "boost": self.boost, "others": OTHERS, "precision": "float64"}
 
     def others(self, store: Store) -> Choice:
         """The first of the errors in the order of the seeded hash, so that units and --max-samples change nothing."""
@@ -69,10 +73,12 @@ class Randomising:
         manifest, network = network_of(run, device)
         standard = Reference.read(run / "statistics" / f"{self.reference}.parquet", manifest.layers)
         store = Store(run)
-        explainer = Explainer(manifest, standard, self.k, self.boost, device)
-        parts = [explainer.prepare(samples, facts, at) for samples, facts in gathered(store, self.dataset, self.others(store), ("saliency",)) for at in batches(samples, TOGETHER)]
-        if not parts:
+        theirs = [part for part in gathered(store, self.dataset, self.others(store), ("saliency",)) if part[0]]
+        if not theirs:
             raise BadRequest(f"none of the images of {printable(self.dataset)} that others are compared with can be read any more: put its source back")
+        network, precise = exactly(network, images_of(theirs[0][0][:1], manifest.preprocessing, device))
+        explainer = Explainer(manifest, standard, self.k, self.boost, device, precise)
+        parts = [explainer.prepare(samples, facts, at) for samples, facts in theirs for at in batches(samples, TOGETHER)]
         others = [(asked, explainer.heats(network, asked)) for asked in parts]
         measured = _of_one_shape([asked.images for asked in parts])
         plan = stages(network, measured[:1])
@@ -89,7 +95,7 @@ class Randomising:
 
 @dataclass(frozen=True)
 class Asked:
-    """Samples of one shape. images float32 [B, 3, H, W]; labels int64 [B]; saliency: s̄ of the trained network, float32 [B, F]; filters: columns of each sample's map."""
+    """Samples of one shape. images float64 [B, 3, H, W], or float32 where the network takes no other; labels int64 [B]; saliency: s̄ of the trained network, float32 [B, F]; filters: columns of each sample's map."""
 
     ids: list[str]
     images: torch.Tensor
@@ -107,6 +113,7 @@ class Explainer:
     k: int
     boost: float
     device: str
+    precise: bool
 
     def prepare(self, samples: list[Sample], profiles: pa.Table, at: list[int]) -> Asked:
         """Of the samples at these places; their filters are the trained network's most salient ones."""
@@ -116,7 +123,8 @@ class Explainer:
         saliency = saliency_of(facts)
         filters = [choose("salient", self.k, row, self.reference.live, 0, "") for row in self.reference.standardise(saliency)]
         labels = torch.from_numpy(facts["label"].to_numpy().astype(np.int64)).to(self.device)
-        return Asked(facts["sample_id"].to_pylist(), images_of([samples[i] for i in at], self.manifest.preprocessing, self.device), labels, saliency, filters)
+        images = images_of([samples[i] for i in at], self.manifest.preprocessing, self.device)
+        return Asked(facts["sample_id"].to_pylist(), images.double() if self.precise else images, labels, saliency, filters)
 
     def profiles(self, network: torch.nn.Module, asked: Asked) -> np.ndarray:
         """s̄ [B, F] by a network."""
@@ -126,12 +134,12 @@ class Explainer:
         return np.concatenate([engine(asked.images[i : i + step], asked.labels[i : i + step]).saliency.float().cpu().numpy() for i in range(0, len(asked.ids), step)])
 
     def heats(self, network: torch.nn.Module, asked: Asked) -> np.ndarray:
-        """Heat [B, H * W] of each sample's filters by a network."""
+        """Heat [B, H * W], in the images' dtype, of each sample's filters by a network."""
         from pipeline.explanation.heat import heat
         from pipeline.explanation.input_saliency import InputSaliency
 
         maps = InputSaliency(network, self.reference, self.manifest.aggregation)(asked.images, asked.labels, asked.filters, self.boost).maps
-        return heat(maps).flatten(1).float().cpu().numpy()
+        return heat(maps).flatten(1).cpu().numpy()
 
     def compare(self, network: torch.nn.Module, plan: list, seed: int, measured: torch.Tensor, asked: Asked, others: list[tuple[Asked, np.ndarray]]) -> list[pa.Table]:
         """Rows of all stages, of the untouched network as stage 0, and of other samples: the mean over those that are not the sample itself."""
@@ -164,7 +172,7 @@ class Explainer:
     def _rows(self, asked: Asked, stage: int, layer: str | None, similar: np.ndarray, silent: np.ndarray) -> pa.Table:
         count = len(asked.ids)
         measures = [pa.array(values, pa.float64(), from_pandas=True) for values in similar]  # NaN: null
-        return pa.table([pa.array(asked.ids, pa.string()), pa.array([stage] * count, pa.int32()), pa.array([layer] * count, pa.string()), *measures, pa.array(silent)], schema=SCHEMA)
+        return pa.table([pa.array(asked.ids, pa.string()), pa.array([stage] * count, pa.int32()), pa.array([layer] * count, pa.string()), *measures, pa.array(silent), pa.array([self.precise] * count)], schema=SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ class Sanity:
     also: tuple[str, ...] = ()
 
     def check(self, store: Store, samples: list[Sample]) -> None:
-        """Raises BadRequest if the network cannot be copied, keeps gradients from its input, or if the images to compare with have changed."""
+        """Raises BadRequest if the network cannot be copied, keeps gradients from its input, or if the images to compare with have changed; says where it cannot run in float64."""
         import torch
 
         from pipeline.explanation.input_saliency import InputSaliency
@@ -191,6 +199,8 @@ class Sanity:
             images = images_of([samples[i] for i in at], manifest.preprocessing, "cpu")
             InputSaliency(network, standard, manifest.aggregation)(images, torch.tensor([samples[at[0]].label]), [np.flatnonzero(standard.live)[:1]])
             next(cascade(network, stages(network, images), self.experiment.seed, images))
+            if not exactly(network, images)[1]:
+                say("sanity: the network does not run in float64, so that its maps are made in float32, and those of a shuffled network may be largely rounding")
 
     def cost(self, samples: int) -> str:
         return f"{samples:,} misclassified samples x {AT_MOST} networks at most, the trained one and copies with ever more layers randomised = {samples * AT_MOST:,} profiles and maps, each about three passes forward and back"
@@ -202,7 +212,7 @@ class Sanity:
         rows = rows.sort_by([("sample_id", "ascending"), ("stage", "ascending")])
         count = pc.max(rows["stage"]).as_py() + 1
         by = {stage: rows.filter(pc.equal(rows["stage"], stage)) for stage in range(OTHER, count)}
-        summary = {"dataset": dataset, "samples": by[0].num_rows, "k": self.experiment.k, "boost": self.experiment.boost, "dead_filters": int((~reference.live).sum()), "hardly_alive": int((live < LIVELY * np.median(live)).sum()), "stages": [by[stage]["layer"][0].as_py() for stage in range(count)]}
+        summary = {"dataset": dataset, "samples": by[0].num_rows, "k": self.experiment.k, "boost": self.experiment.boost, "dead_filters": int((~reference.live).sum()), "hardly_alive": int((live < LIVELY * np.median(live)).sum()), "stages": [by[stage]["layer"][0].as_py() for stage in range(count)], "float64": pc.all(rows["float64"]).as_py()}
         other, apart = {}, {}
         for name in MEASURES:
             values = np.stack([by[stage][name].to_numpy() for stage in range(count)], 1)
@@ -257,7 +267,8 @@ def found(summary: dict) -> str:
     silent = summary["silent"][-1]
     doubt = f"; {'1 is' if n == 1 else f'{n:,} are'} too few to conclude anything from" if n < FEW else ""
     dead = f"; {silent:,} map{'s are' if silent > 1 else ' is'} then blank and count{'s' * (silent == 1)} 0" if silent else ""
-    return f"with the head ({printable(summary['stages'][1])}) shuffled, and then every layer, of {n:,} misclassified sample{'s' * (n != 1)} {'; '.join(parts)}{dead}{doubt}"
+    rounded = "" if summary["float64"] else "; in float32, since the network does not run in float64: maps of shuffled networks may be largely rounding"
+    return f"with the head ({printable(summary['stages'][1])}) shuffled, and then every layer, of {n:,} misclassified sample{'s' * (n != 1)} {'; '.join(parts)}{dead}{rounded}{doubt}"
 
 
 def _fall(summary: dict, name: str) -> str:
@@ -271,6 +282,14 @@ def _fall(summary: dict, name: str) -> str:
         return f"{falls}, with no other sample to compare with"
     falls += f", where another sample's is {Interval(**level).text(3)}"
     return f"{falls}: it stays above that ({MEANING[name].format('part of it')})" if gap["low"] > 0 else f"{falls}: it goes below that" if gap["high"] < 0 else f"{falls}: not clearly apart from it"
+
+
+def exactly(network: torch.nn.Module, images: torch.Tensor) -> tuple[torch.nn.Module, bool]:
+    """(the network as a copy in float64, true); (itself, false) where it cannot run in that. images: float32 [B, 3, H, W], to try it with."""
+    from pipeline.explanation.input_saliency import in_float64
+
+    double = in_float64(network, images)
+    return (network, False) if double is None else (double, True)
 
 
 def _spread(heats: np.ndarray) -> np.ndarray:

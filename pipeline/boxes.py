@@ -1,7 +1,7 @@
 """Where in an image its object is: ImageNet's annotation files (PASCAL VOC's XML) -> the pixels, as the network sees them, that no box covers.
 
-Coordinates are relative to the width and height that the XML itself states, which need not be those of the image at hand. An object may stand there several
-times; its corners may be in the wrong order, or one pixel wide. Annotations come from strangers: no DTD is read, so that no entity can be declared in one.
+Coordinates are relative to the width and height that the XML itself states, which need not be those of the image at hand, nor of its shape: a box is first brought to
+where it lies in the image, and then goes where the image's pixels go. An object may stand there several times; its corners may be in the wrong order, or one pixel wide. Annotations come from strangers: no DTD is read, so that no entity can be declared in one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ NUMBERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 class Unusable(ValueError):
-    """An annotation that says nothing; the text is the reason."""
+    """An annotation that says nothing. reason: which many can share; the text adds what is particular to this one."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason + (f" ({detail})" if detail else ""))
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def read(path: Path) -> Annotation:
             raise Unusable("its annotation is larger than 1 MiB")
         content = path.read_bytes()
     except OSError as fault:
-        raise Unusable(f"its annotation cannot be read ({fault.strerror})") from None
+        raise Unusable("its annotation cannot be read", fault.strerror) from None
     texts = _texts(content)
     width, height = (_number(texts, f"annotation/size/{name}") for name in ("width", "height"))
     if width <= 0 or height <= 0:
@@ -70,16 +74,22 @@ def read(path: Path) -> Annotation:
     return Annotation(width, height, tuple(objects))
 
 
-def outside(annotation: Annotation, label: int, classes: int, preprocessing: Preprocessing, shape: tuple[int, int]) -> np.ndarray:
-    """bool [H, W]: the pixels that the network sees and no box of the label's class covers, not even in part.
-
-    Of 1,000 classes the boxes are those of the label's WordNet ID, else all of them. shape: of the pixels, after the preprocessing's resizing and cropping, which
-    is followed here from the annotation's own width and height. Raises Unusable if it holds no box of the class.
-    """
+def of_class(annotation: Annotation, label: int, classes: int) -> list[list[float]]:
+    """The boxes of the label's class: of 1,000 classes those of its WordNet ID, else all. Raises Unusable if there is none."""
     own = [box for name, *box in annotation.objects if classes != len(IDS) or name == IDS[label]]
     if not own:
-        raise Unusable(f"its annotation has no box of its class ({IDS[label]})")
-    width, height = annotation.width, annotation.height
+        raise Unusable("its annotation has no box of its class", IDS[label])
+    return own
+
+
+def outside(annotation: Annotation, label: int, classes: int, preprocessing: Preprocessing, shape: tuple[int, int], whole: tuple[int, int]) -> np.ndarray:
+    """bool [H, W]: the pixels that the network sees and no box of the label's class covers, not even in part.
+
+    shape: height and width of the pixels, after the preprocessing's resizing and cropping, which is followed here; whole: of the image before that. Raises Unusable if it
+    holds no box of the class, or if these leave no pixel.
+    """
+    own = of_class(annotation, label, classes)
+    height, width = whole
     if preprocessing.resize is not None:
         short, long = sorted((width, height))
         size = preprocessing.resize, int(preprocessing.resize * long / short)
@@ -95,6 +105,8 @@ def outside(annotation: Annotation, label: int, classes: int, preprocessing: Pre
         rows = [y * height / annotation.height - top for y in (y1, y2)]
         (first, last), (upper, lower) = ((max(0, int(np.floor(a))), max(0, int(np.ceil(b)))) for a, b in (columns, rows))
         free[upper:lower, first:last] = False
+    if not free.any():
+        raise Unusable("its boxes cover all that the network sees")
     return free
 
 
@@ -117,7 +129,7 @@ def _texts(content: bytes) -> dict[str, list[str]]:
     try:
         parser.Parse(content, True)
     except xml.parsers.expat.ExpatError as fault:
-        raise Unusable(f"its annotation is no XML ({printable(fault)})") from None
+        raise Unusable("its annotation is no XML", printable(fault)) from None
     return found
 
 
@@ -131,5 +143,5 @@ def _as_number(text: str) -> float:
     except ValueError:
         number = float("nan")
     if not abs(number) < 1e9:
-        raise Unusable(f"its annotation has '{printable(text.strip())[:40]}' for a number")
+        raise Unusable("its annotation has no number where there should be one", f"'{printable(text.strip())[:40]}'")
     return number

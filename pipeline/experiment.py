@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 FACTS = ("sample_id", "label", "prediction")  # of every gathered row
-PIXELS = (("height", pa.int32()), ("width", pa.int32()), ("pixels", pa.binary()), ("reason", pa.string()))  # beside them, where images are asked for
+PIXELS = (("height", pa.int32()), ("width", pa.int32()), ("whole_height", pa.int32()), ("whole_width", pa.int32()), ("pixels", pa.binary()), ("reason", pa.string()))  # beside them, where images are asked for
 ASIDE = b"set_aside"  # in the metadata of a results file: JSON, [[sample_id, reason], ...]
 MADE_WITH = b"settings"  # beside it: the digest of the settings.json that its rows were made with
 
@@ -167,8 +167,8 @@ class Gatherer:
         if not self.images:
             return rows
         samples = self._read(unit, dict(zip(rows["sample_id"].to_pylist(), rows["label"].to_pylist())))
-        shapes = [s.pixels.shape[:2] if s.pixels is not None else (0, 0) for s in samples]
-        columns = [[h for h, _ in shapes], [w for _, w in shapes], [s.pixels.tobytes() if s.pixels is not None else b"" for s in samples], [s.reason for s in samples]]
+        shapes = [(*s.pixels.shape[:2], *s.whole) if s.pixels is not None else (0, 0, 0, 0) for s in samples]
+        columns = [*map(list, zip(*shapes)), [s.pixels.tobytes() if s.pixels is not None else b"" for s in samples], [s.reason for s in samples]]
         for (name, kind), column in zip(PIXELS, columns):
             rows = rows.append_column(name, pa.array(column, kind))
         return rows
@@ -225,9 +225,9 @@ def unpack(gathered: pa.Table) -> tuple[list[Sample], pa.Table, list[list[str]]]
     reasons = gathered["reason"].to_pylist()
     good = [i for i, reason in enumerate(reasons) if reason is None]
     rows = gathered.take(pa.array(good, pa.int64()))
-    shapes = zip(rows["height"].to_pylist(), rows["width"].to_pylist())
+    shapes = zip(*(rows[name].to_pylist() for name in ("height", "width", "whole_height", "whole_width")))
     samples = [
-        Sample(sample_id, label, np.frombuffer(pixels.as_buffer(), np.uint8).reshape(*shape, 3))
+        Sample(sample_id, label, np.frombuffer(pixels.as_buffer(), np.uint8).reshape(*shape[:2], 3), whole=shape[2:])
         for sample_id, label, pixels, shape in zip(rows["sample_id"].to_pylist(), rows["label"].to_pylist(), rows["pixels"], shapes)
     ]
     return samples, rows.drop_columns([name for name, _ in PIXELS]), [[i, r] for i, r in zip(gathered["sample_id"].to_pylist(), reasons) if r is not None]

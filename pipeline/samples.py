@@ -112,7 +112,7 @@ def _centre_crop(pixels: np.ndarray, crop: int) -> np.ndarray:
 class Sample:
     """A sample ready for the network, or set aside: then `reason` says why and the rest is empty.
 
-    pixels: uint8 [H, W, 3]; thumbnail: JPEG bytes of the whole image, longest side at most 128.
+    pixels: uint8 [H, W, 3]; thumbnail: JPEG bytes of the whole image, longest side at most 128; whole: its height and width before it was resized and cropped, where that is known.
     """
 
     sample_id: str
@@ -120,6 +120,7 @@ class Sample:
     pixels: np.ndarray | None = None
     thumbnail: bytes = b""
     reason: str | None = None
+    whole: tuple[int, int] | None = None
 
 
 def decode(raw: RawSample, preprocessing: Preprocessing, classes: int) -> Sample:
@@ -140,7 +141,7 @@ def decode(raw: RawSample, preprocessing: Preprocessing, classes: int) -> Sample
                     return Sample(raw.sample_id, reason=f"its pixels are not of 8 bits (PIL's mode {image.mode}): save it as 8 bits a colour")
                 image = image.convert("RGB")
         pixels = preprocessing.pixels(image)
-        return Sample(raw.sample_id, raw.label, pixels, _thumbnail(image))
+        return Sample(raw.sample_id, raw.label, pixels, _thumbnail(image), whole=image.size[::-1])
     except UnidentifiedImageError:
         return Sample(raw.sample_id, reason="not an image in a format that is known here")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):

@@ -78,8 +78,9 @@ class Reference:
         return pa.table(columns).replace_schema_metadata({"aggregation": self.aggregation, "origin": self.origin})
 
     @classmethod
-    def read(cls, path: Path, layout: FilterLayout) -> Reference:
-        """Raises BadRequest if the file is absent, damaged, or of another network."""
+    def read(cls, path: Path, layout: FilterLayout, run: bool = True) -> Reference:
+        """run: whether the file is that of a run, which can make it anew, or was given by somebody. Raises BadRequest if it is absent, damaged, or of another network."""
+        remedy = "remove it, and run faultline index again" if run else "give statistics that were made with this --model (statistics/NAME.parquet of a run)"
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
                 table = parquet.read()
@@ -87,9 +88,9 @@ class Reference:
             about = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
             reference = cls(table["mean"].to_numpy(), table["std"].to_numpy(), table["count"][0].as_py(), about["aggregation"], about["origin"])
         except (OSError, pa.ArrowException, KeyError, IndexError, UnicodeDecodeError) as fault:
-            raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}): remove it, and run faultline index again (or faultline statistics import, if they were imported)") from None
+            raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}): {remedy}{' (or faultline statistics import, if they were imported)' if run else ''}") from None
         if layers != [(name, i) for name, filters in layout.layers for i in range(filters)]:
-            raise BadRequest(f"{printable(path)} holds the statistics of another network: {len(layers)} filters where this run has {layout.total}: remove it, and run faultline index again")
+            raise BadRequest(f"{printable(path)} holds the statistics of another network: {len(layers)} filters where {'this run' if run else 'the network of --model'} has {layout.total}: {remedy}")
         return reference
 
 
@@ -108,10 +109,10 @@ def _real(values):
     return values
 
 
-def import_published(path: Path, aggregation: str, layout: FilterLayout) -> Reference:
+def import_published(path: Path, aggregation: str, layout: FilterLayout, run: bool = True) -> Reference:
     """Somebody else's `mean` and `std`, as the authors publish them: a `.pth` dict of two vectors [F] in vector order.
 
-    Read with `weights_only=True`. Raises BadRequest if it is anything else, has another length, or is not finite.
+    run: whether the network is that of a run. Read with `weights_only=True`. Raises BadRequest if it is anything else, has another length, or is not finite.
     """
     import torch
 
@@ -128,7 +129,8 @@ def import_published(path: Path, aggregation: str, layout: FilterLayout) -> Refe
     if len(mean) != len(std):
         raise BadRequest(f"{printable(path)} holds {len(mean)} means and {len(std)} stds: save one of each for every filter")
     if len(mean) != layout.total:
-        raise BadRequest(f"{printable(path)} is about {len(mean)} filters, this run's network has {layout.total}: it belongs to another model; give the statistics of this one")
+        network = "this run's network" if run else "the network of --model"
+        raise BadRequest(f"{printable(path)} is about {len(mean)} filters, {network} has {layout.total}: it belongs to another model; give the statistics of this one")
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
         raise BadRequest(f"{printable(path)} holds values that are not finite, or a negative std: save them again, as they were computed")
     return Reference(mean, std, 0, aggregation, f"{IMPORTED}{Path(path).name}")

@@ -31,8 +31,12 @@ def read(tmp_path, text: str | bytes) -> boxes.Annotation:
     return boxes.read(path)
 
 
-def covered(annotation, label, classes, preprocessing, shape) -> np.ndarray:
-    return ~boxes.outside(annotation, label, classes, preprocessing, shape)
+def covered(annotation, label, classes, preprocessing, shape, whole=None) -> np.ndarray:
+    try:
+        return ~boxes.outside(annotation, label, classes, preprocessing, shape, whole or shape)
+    except boxes.Unusable as fault:
+        assert fault.reason == "its boxes cover all that the network sees"
+        return np.ones(shape, bool)
 
 
 def test_several_objects_and_boxes_of_other_classes(tmp_path):
@@ -45,7 +49,7 @@ def test_several_objects_and_boxes_of_other_classes(tmp_path):
     expected[:100, 100:] = True
     assert (every == expected).all()
     with pytest.raises(boxes.Unusable, match=f"no box of its class .{IDS[9]}"):
-        boxes.outside(annotation, 9, 1000, WHOLE, (375, 500))
+        boxes.outside(annotation, 9, 1000, WHOLE, (375, 500), (375, 500))
 
 
 @pytest.mark.parametrize("box, expected", [((40, 60, 20, 30), (20, 30, 40, 60)), ((40, 30, 20, 60), (20, 30, 40, 60)), ((7, 9, 7, 9), (7, 9, 8, 10)), ((20, 30, 20, 60), (20, 30, 21, 60))])
@@ -62,15 +66,17 @@ def test_coordinates_are_relative_to_the_sizes_of_the_file(tmp_path):
     assert found[101:187, 51:149].all() and not found[:99].any() and not found[:, :50].any() and not found[:, 150:].any()
 
 
-@given(st.integers(230, 700), st.integers(230, 700), st.sampled_from([PRESETS["imagenet"], Preprocessing(resize=256, crop=None), Preprocessing(resize=None, crop=300), Preprocessing(resize=64, crop=80)]), st.data())
-def test_boxes_go_where_the_pixels_go(width, height, preprocessing, data):
-    """A white box on a black image, prepared as for the network: what is white is covered, and hardly more."""
+@given(st.integers(230, 700), st.integers(230, 700), st.tuples(st.floats(0.3, 3), st.floats(0.3, 3)), st.sampled_from([PRESETS["imagenet"], Preprocessing(resize=256, crop=None), Preprocessing(resize=None, crop=300), Preprocessing(resize=64, crop=80)]), st.data())
+def test_boxes_go_where_the_pixels_go(width, height, stated, preprocessing, data):
+    """A white box on a black image, prepared as for the network: what is white is covered, and hardly more, whatever size and shape the annotation states."""
     x1, y1 = data.draw(st.integers(0, width - 40)), data.draw(st.integers(0, height - 40))
     x2, y2 = data.draw(st.integers(x1 + 30, width)), data.draw(st.integers(y1 + 30, height))
     image = np.zeros((height, width, 3), np.uint8)
     image[y1:y2, x1:x2] = 255
     pixels = preprocessing.pixels(Image.fromarray(image))[..., 0]
-    found = covered(boxes.Annotation(width, height, ((IDS[0], x1, y1, x2, y2),)), 0, 1000, preprocessing, pixels.shape)
+    across, down = stated
+    annotation = boxes.Annotation(width * across, height * down, ((IDS[0], x1 * across + 1e-6, y1 * down + 1e-6, x2 * across - 1e-6, y2 * down - 1e-6),))
+    found = covered(annotation, 0, 1000, preprocessing, pixels.shape, (height, width))
     bright = pixels > 127
     assert not (bright & ~found).any()
     grown = np.zeros(found.shape, bool)
@@ -94,8 +100,8 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "xxxxxxxxxx"><!ENTITY y "&x;&x;&x;&x;&x;&x;&x;&x
         ("<annotation/>", "states no size"),
         (xml([(IDS[0], 1, 1, 9, 9)], 0, 375), "states no size"),
         (xml([]), "no object with a box"),
-        (xml([(IDS[0], 1, 1, 9, "nine")]), "'nine' for a number"),
-        (xml([(IDS[0], 1, 1, 9, "inf")]), "'inf' for a number"),
+        (xml([(IDS[0], 1, 1, 9, "nine")]), "no number where there should be one .'nine'"),
+        (xml([(IDS[0], 1, 1, 9, "inf")]), "no number where there should be one .'inf'"),
         (xml([(IDS[0], 1, 1, 9, 9)], extra="<object><name>x</name></object>"), "an object without a name or a whole box"),
     ],
 )
@@ -115,3 +121,14 @@ def test_an_annotation_is_found_by_the_name_of_its_image(tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(BadRequest, match="^--boxes: there is no .xml below .*other; give the folder of the annotations"):
         boxes.find(tmp_path / "other")
+
+
+def test_boxes_that_leave_nothing_and_reasons_that_many_share(tmp_path):
+    with pytest.raises(boxes.Unusable, match="^its boxes cover all that the network sees$"):
+        boxes.outside(read(tmp_path, xml([(IDS[0], 0, 0, 500, 375)])), 0, 1000, PRESETS["imagenet"], (224, 224), (375, 500))
+    reasons = set()
+    for text in ("<a", "<b><c/>"):
+        with pytest.raises(boxes.Unusable) as fault:
+            read(tmp_path, text)
+        reasons.add(fault.value.reason)
+    assert reasons == {"its annotation is no XML"}

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import torch
 from PIL import Image
 from shards import encoded, picture
 
@@ -110,6 +111,8 @@ def test_the_choice_of_filters(small, error, tmp_path):
         (("TEXT", "--run", "RUN", "--label", "1"), "not an image in a format that is known here; fetch it again, or give another image"),
         (("nowhere.jpg", "--run", "RUN", "--label", "1"), "nowhere.jpg cannot be read"),
         (("FILE", "--label", "1", "--model", "tiny:net", "--statistics", "RUN/statistics/nobody.parquet"), "nobody.parquet cannot be read as statistics"),
+        (("FILE", "--label", "1", "--model", "tiny:colours", "--statistics", "RUN/statistics/val.parquet"), "holds the statistics of another network: 24 filters where the network of --model has"),
+        (("FILE", "--label", "1", "--model", "tiny:net", "--statistics", "short.pth", "--aggregation", "abs"), "short.pth is about 3 filters, the network of --model has 24"),
         (("ID", "--run", "RUN", "--reference", "nobody"), "--reference: there is neither a data set nor imported statistics named 'nobody'"),
     ],
 )
@@ -117,6 +120,7 @@ def test_is_refused(small, error, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "image.jpg").write_bytes(encoded(picture(3)))
     (tmp_path / "text.jpg").write_text("no image")
+    torch.save({"mean": torch.zeros(3), "std": torch.ones(3)}, tmp_path / "short.pth")
     places = {"ID": f"val:{error['sample_id']}", "FILE": "image.jpg", "TEXT": "text.jpg"}
     words = [places.get(w, w.replace("RUN", str(small.run))) for w in words]
     assert said in tiny.call("explain", *words).refused()

@@ -73,6 +73,38 @@ def test_float32_is_close_to_float64_and_the_network_is_left_alone(animal):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+class Single(torch.nn.Module):
+    """A network that computes in float32 alone."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise RuntimeError("float32 alone")
+        return self.network(x)
+
+
+@pytest.mark.parametrize("animal", [a for a in ANIMALS if a.engine == "fused"][:4], ids=lambda animal: animal.id)
+def test_a_map_where_one_filter_outweighs_all_is_not_rounding(animal):
+    """The distance is then 1e-5 and less, of which float32 has a digit or two; a network that cannot be asked in float64 has a coarse map, and that is said."""
+    network = animal.make()
+    reference, (images, labels) = reference_of(network), zoo.images(2, 4)
+    std = reference.std.copy()
+    std[1] *= 1e-5
+    reference, columns = Reference(reference.mean, std, 7, "abs", "test"), [np.array([1])] * 2
+    truth = InputSaliency(copy.deepcopy(network).double(), reference)(images.double(), labels, columns)
+    assert truth.distance.max() < 1e-5 and not truth.coarse.any()
+    found = InputSaliency(network, reference)(images, labels, columns)
+    assert found.maps.dtype == torch.float32 and not found.coarse.any()
+    assert (found.maps - truth.maps).norm() <= 1e-5 * truth.maps.norm() and torch.allclose(found.distance.double(), truth.distance, rtol=1e-5, atol=0)
+    alone = InputSaliency(Single(network).eval(), reference)(images, labels, columns)
+    assert alone.coarse.all() and (alone.maps - truth.maps).norm() > 1e-3 * truth.maps.norm()
+    assert InputSaliency(Single(network).eval(), reference).smooth(images, labels, columns, 100.0, 2, 0.1, 0).coarse.all()
+    assert not InputSaliency(Single(network).eval(), reference_of(network))(images, labels, [np.array([0])] * 2).coarse.any()
+
+
 def test_what_is_asked_for_matters_and_what_cannot_be_is_refused():
     network = next(a for a in zoo.ZOO if a.engine == "fused").make()
     reference, (images, labels) = reference_of(network), zoo.images(1, 4)

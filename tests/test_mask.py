@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from test_interventions_jobs import images, profiles, rows_of, standardised, summary_of, wrong
 
+from jobs.masked import found as sentence
 from pipeline.explanation.input_saliency import InputSaliency
 from pipeline.interventions import masking
 from pipeline.statistics import Reference
@@ -111,6 +112,8 @@ def test_boxes_of_some_images(copied, tmp_path):
     for i in errors[:12]:
         (tmp_path / f"{i}.xml").write_text(test_boxes.xml([("anything", 0, 0, 6, 10)], 12, 10))
     (tmp_path / f"{errors[12]}.xml").write_text("<broken")
+    (tmp_path / f"{errors[13]}.xml").write_text(test_boxes.BOMB + test_boxes.xml([("anything", 0, 0, 6, 10)], 12, 10))
+    (tmp_path / f"{errors[14]}.xml").write_text(test_boxes.xml([("anything", 0, 0, 24, 30)], 24, 30))
     ended = tiny.call("mask", "--run", copied.run, "--percent", "10", "--hosts", 0, "--boxes", tmp_path, "--format", "json")
     assert ended.code == 0, ended.err
     rows = rows_of(copied.run / "experiments/mask")
@@ -121,7 +124,69 @@ def test_boxes_of_some_images(copied, tmp_path):
     from scipy.stats import ttest_rel, wilcoxon
 
     assert box["wrong_p_t"] == pytest.approx(ttest_rel(*change.values()).pvalue) and box["wrong_p_wilcoxon"] == pytest.approx(wilcoxon(*change.values()).pvalue)
-    assert "outside the object's boxes (12 samples)" in ended.err and found["outside_box_samples"] == 12 and not any("transplant" in key for key in found)
+    none = len(errors) - 15
+    unused = {"there is no annotation of it": none, "its annotation is no XML": 1, "its annotation has a DTD, which is not read": 1, "its boxes cover all that the network sees": 1}
+    assert summary_of(copied.run, "mask")["boxes"] == {"used": 12, "unused": unused} and next(iter(unused)) == next(iter(summary_of(copied.run, "mask")["boxes"]["unused"])) and found["outside_box_unused"] == none + 3
+    assert {r["unboxed"] for r in rows if r["sample_id"] in errors[:12]} == {None} and {r["unboxed"] for r in rows if r["sample_id"] == errors[14]} == {"its boxes cover all that the network sees"}
+    assert f"--boxes: 12 of {len(errors)} samples have an annotation that can be used; the others not: there is no annotation of it ({none}); " in ended.err and "is no XML (1)" in ended.err
+    again = tiny.call("mask", "--run", copied.run, "--percent", "10", "--hosts", 0, "--boxes", tmp_path)
+    assert again.code == 0 and "the others not: " in again.err and "forwards" not in again.err, "told again, and free"
+    (tmp_path / f"{errors[12]}.xml").write_text(test_boxes.xml([("anything", 0, 0, 6, 10)], 12, 10))
+    assert "the annotations have changed" in tiny.call("mask", "--run", copied.run, "--percent", "10", "--hosts", 0, "--boxes", tmp_path).refused()
+    assert f"outside the object's boxes (12 samples, {none + 3} more have no annotation that can be used)" in ended.err and found["outside_box_samples"] == 12 and not any("transplant" in key for key in found)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("<broken", "(30 of 24: its annotation is no XML)"),
+        (test_boxes.xml([("anything", 0, 0, 24, 30)], 24, 30), "(30 of 24: its boxes cover all that the network sees)"),
+    ],
+)
+def test_annotations_of_which_none_can_be_used_are_refused(copied, tmp_path, text, says):
+    """Before anything is computed, with the most frequent reason."""
+    errors = wrong(profiles(copied.run, "val"))
+    for i in errors[:30]:
+        (tmp_path / f"{i}.xml").write_text(text)
+    asked = tiny.call("mask", "--run", copied.run, "--percent", "10", "--hosts", 0, "--boxes", tmp_path).refused()
+    assert f"--boxes: no annotation below {tmp_path} can be used for any of these samples" in asked and says.replace("24", str(len(errors))) in asked
+    assert not list((copied.run / "experiments").rglob("*.parquet")) and not (copied.run / "experiments/mask/settings.json").exists()
+
+
+def test_boxes_of_an_annotation_of_another_shape(copied, tmp_path):
+    """A box is where it lies in the image, whatever size and shape the annotation states: pixels are those of a mask drawn by hand."""
+    errors, network, pixels = wrong(profiles(copied.run, "val")), tiny.net().double().eval(), pixels_of(copied)
+    for i in errors:
+        (tmp_path / f"{i}.xml").write_text(test_boxes.xml([("anything", 0, 0, 6 * 2, 5 * 7)], 12 * 2, 10 * 7))
+    assert tiny.call("mask", "--run", copied.run, "--percent", "50", "--hosts", 0, "--boxes", tmp_path).code == 0
+    among = np.ones((10, 12), bool)
+    among[:5, :6] = False
+    for row in [r for r in rows_of(copied.run / "experiments/mask") if r["strategy"] == "random_outside"][:5]:
+        i, fact = row["sample_id"], profiles(copied.run, "val")[row["sample_id"]]
+        mask = masking.mask("random", np.zeros((10, 12)), 0.5, 0, i, among)
+        images_ = [(torch.from_numpy(one.astype(np.float64)) / 255 - 0.5).permute(2, 0, 1) / 0.25 for one in (pixels[i], np.where(mask[..., None], masking.filling(pixels[i], "mean", 0, i), pixels[i]))]
+        before, after = (naive.softmax(naive.alone(network, one)) for one in images_)
+        assert row["wrong_confidence_change"] == pytest.approx((after - before)[fact["prediction"]], abs=2e-5)
+
+
+def summary_with(random: tuple, least: tuple, moved: tuple, n: int = 60) -> dict:
+    """Of `mask`, with these intervals of the differences."""
+    gap = lambda ends: {"estimate": sum(ends) / 2, "low": ends[0], "high": ends[1], "n": n}  # noqa: E731
+    curve = {key: [0.2] for key in ("mean", "low", "high")}
+    return {
+        "samples": n, "shares": [0.05], "curves": {s: {"corrected": curve} for s in masking.STRATEGIES}, "transplant": None, "outside_box": None, "boxes": None,
+        "paired": {"salient_minus_random": gap(random), "salient_minus_least": gap(least), "salient_minus_moved": gap(moved)},
+    }  # fmt: skip
+
+
+def test_only_the_papers_own_pairs_are_held_against_the_paper():
+    """The control is ours: where it alone is reversed, the paper found nothing that could be."""
+    above, below, over = (0.01, 0.05), (-0.05, -0.01), (-0.02, 0.03)
+    said = sentence(summary_with(above, above, below), 0)
+    assert "reverse" not in said and ", as the paper found against random pixels and the least salient; our own control, the same shape elsewhere, corrects 0.200" in said and said.endswith("the difference is -0.030 (-0.050 to -0.010)")
+    assert ", the reverse of what the paper found against random pixels, not clearly apart from the least salient; our own control" in sentence(summary_with(below, over, above), 0)
+    assert ", as the paper found against the least salient, not clearly apart from random pixels; " in sentence(summary_with(over, above, above), 0)
+    assert "9 are too few to conclude anything from" in sentence(summary_with(above, above, above, 9), 0)
 
 
 def test_one_image(level, tmp_path):
@@ -155,7 +220,7 @@ def test_a_file_without_a_run(level, tmp_path, monkeypatch):
     small, facts, pixels = level, profiles(level.run, "val"), pixels_of(level)
     i = wrong(facts)[0]
     Image.fromarray(pixels[i]).save("image.png")
-    Image.fromarray(np.uint8(255) * (np.indices((20, 24)).sum(0) < 9).astype(np.uint8)).save("region.png")
+    Image.fromarray(np.uint8(255) * (np.indices((10, 12)).sum(0) < 5).astype(np.uint8)).save("region.png")
     words = ("--percent", 10, "-k", 3, "--format", "json")
     one = tiny.call("mask", "image.png", "--label", facts[i]["label"], "--model", "tiny:level", "--statistics", small.run / "statistics/val.parquet", "--region", "region.png", *words)
     assert one.code == 0 and "nothing to paste into: an image of a run is needed" in one.err and len(list(tmp_path.glob("image.png*.masked.png"))) == 1, one.err

@@ -12,7 +12,7 @@ from browser import Browser
 from PIL import Image
 
 from jobs import report
-from jobs.claims import CLAIMS, NOT, REPRODUCED, UNTESTABLE, Finding
+from jobs.claims import CLAIMS, NOT, REPRODUCED, UNDECIDED, UNTESTABLE, Finding
 from pipeline.errors import BadRequest
 
 HOSTILE = '<script>alert(1)</script>"onload="alert(2)\u202egnp.\u2066\n\x1b[31m&amp;'
@@ -70,8 +70,8 @@ def sections(folder, text: str = "val") -> list[report.Section]:
 
 
 def found_of(text: str = "because") -> list[tuple]:
-    verdicts = (REPRODUCED, NOT, UNTESTABLE)
-    return [(claim, Finding(f"{text} 0.247", "a - b -0.113 (-0.150 to -0.076); c - d +0.129 (+0.109 to +0.149)", verdicts[i % 3], text)) for i, claim in enumerate(CLAIMS)]
+    verdicts = (REPRODUCED, NOT, UNTESTABLE, UNDECIDED)
+    return [(claim, Finding(f"{text} 0.247", "a - b -0.113 (-0.150 to -0.076); c - d +0.129 (+0.109 to +0.149)", verdicts[i % 4], text)) for i, claim in enumerate(CLAIMS)]
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,25 @@ def test_the_page_says_what_was_found(page):
 
 def test_a_verdict_is_told_by_word_and_mark(page):
     text = page.read_text(encoding="utf-8")
-    for verdict, mark in ((REPRODUCED, "\u2713"), (NOT, "\u2717"), (UNTESTABLE, "\u25cb")):
+    for verdict, mark in ((REPRODUCED, "\u2713"), (NOT, "\u2717"), (UNDECIDED, r"\?"), (UNTESTABLE, "\u25cb")):
         assert re.search(rf'<span aria-hidden="true">{mark}</span> {verdict}</span>', text)
+
+
+def test_the_lead_tells_what_is_refuted_from_what_is_undecided(page):
+    text = page.read_text(encoding="utf-8")
+    paper = [(claim, finding.verdict) for claim, finding in found_of() if not claim.own]
+    counts = {verdict: sum(v == verdict for _, v in paper) for verdict in (REPRODUCED, NOT, UNDECIDED, UNTESTABLE)}
+    assert f"{counts[REPRODUCED]} are reproduced on this run, {counts[NOT]} are not reproduced, {counts[UNDECIDED]} are undecided, and {counts[UNTESTABLE]} cannot be tested here" in text
+    lead = re.search('<p class="lead">(.*?)</p>', text)[1]
+    refuted, undecided = re.search("Not reproduced: (.*?)[.] Undecided: (.*?)[.] A claim", lead).groups()
+    for part, verdict in ((refuted, NOT), (undecided, UNDECIDED)):
+        assert part.count("(") == counts[verdict] and all(report._safe(claim.short[1:]) in part for claim, v in paper if v == verdict)
+
+
+def test_a_page_on_which_nothing_can_be_tested_says_so_and_why(tmp_path):
+    found = [(claim, Finding("", "", UNTESTABLE, "no sample of val is misclassified")) for claim in CLAIMS]
+    text = report.render(ABOUT, sections(tmp_path), found)
+    assert "<h1>None of the 14 claims can be tested here</h1>" in text and "nothing can be said on this run: no sample of val is misclassified." in text and "claims reproduced" not in text
 
 
 def test_tables_have_headers_and_figures_have_words(page):
@@ -184,7 +201,7 @@ def test_in_a_browser(page, hostile, browser, width):
         assert [url for url in browser.requests if not url.startswith("data:")] == [path.as_uri()]
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
         seen = browser.evaluate("document.body.innerText")
-        assert all(claim.text in seen and claim.short in seen for claim in CLAIMS) and seen.count("not testable here") >= 5
+        assert all(claim.text in seen and claim.short in seen for claim in CLAIMS) and seen.count("not testable here") >= 4 and seen.count("undecided") >= 4
         assert browser.evaluate("document.scripts.length + document.querySelectorAll('[onload]').length") == 0
         assert browser.evaluate("[...document.images].length") > 10 and browser.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
         clipped = browser.evaluate("[...document.querySelectorAll('td, th, dd, li, p, h1, h2')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length")

@@ -1,5 +1,6 @@
 """`faultline reproduce`: the whole paper over a run by one command. What is done is kept, what is in the way is not discarded, and a verb that cannot be done leaves the others alone."""
 
+import io
 import json
 import re
 import shutil
@@ -7,16 +8,19 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import shards
 import tiny
+import torch
 from browser import Browser
+from PIL import Image
 from test_report import outside
 
 from index import Run
 from jobs import reproduce
 from jobs.claims import CLAIMS, UNTESTABLE
 from jobs.experiment import Request
-from jobs.work import Busy
 from pipeline.errors import BadRequest, Stopped
+from pipeline.locks import Busy
 
 FEW = ("--max-samples", 10)  # errors of each verb: all in this process, in seconds
 VERBS = set(reproduce.STEPS)
@@ -48,11 +52,38 @@ def test_every_claim_is_told_and_the_page_is_there(done):
     assert all(c["ours"] or c["verdict"] == UNTESTABLE for c in claims) and sum(bool(c["ours"]) for c in claims) >= 11
     page = run / "experiments/report.html"
     counted = [c["verdict"] for c in claims if c["of_the_paper"]]
-    assert ended.err.splitlines()[-1] == f"{counted.count('reproduced')} of {len(counted)} claims reproduced: {page}" and ended.json["page"] == str(page)
+    counts = ", ".join(f"{counted.count(verdict)} {verdict}" for verdict in ("not reproduced", "undecided", "not testable here"))
+    assert ended.err.splitlines()[-1] == f"{counted.count('reproduced')} of {len(counted)} claims reproduced, {counts}: {page}" and ended.json["page"] == str(page)
     text = page.read_text(encoding="utf-8")
     assert outside(text) == [] and len(text) < 5e6 and text.count("<img ") == sum(len(list((run / "experiments" / verb).glob("*.png"))) for verb in VERBS)
     assert str(run.parent) not in text, "no path of this machine"
     assert all(f"10 {what}" in text for what in ("errors of val asked", "misclassified samples"))
+
+
+def test_profile_takes_all_samples_and_says_so(done):
+    """Of ten samples of a good network hardly one would be an error."""
+    run, ended = done
+    summary = json.loads((run / "experiments/profile/summary.json").read_text())
+    assert sum(group["samples"] for group in summary["groups"].values()) == Run.open(run).status()["val"].done > 10 and summary["settings"]["max_samples"] is None
+    assert "; all samples, and not --max-samples of them" in next(line for line in ended.err.splitlines() if line.startswith("profile: "))
+    text = (run / "experiments/report.html").read_text(encoding="utf-8")
+    assert "faultline profile --run run --dataset val</code>" in text and "all samples for the profiles, which need no image" in text
+
+
+def test_a_run_without_errors_says_that_nothing_can_be_tested(tmp_path):
+    small = tiny.Small(tmp_path / "run", tmp_path / "sources")
+    network = tiny.Level().eval()
+    decoded = np.stack([np.asarray(Image.open(io.BytesIO(shards.photo(i)))) for i in range(24)])
+    predictions = network(((torch.from_numpy(decoded.astype(np.float32)) / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)).argmax(1).tolist()
+    shards.write_shard(small.sources / "val/0.tar", predictions, first=0)
+    assert small.extract("val", model="tiny:level").code == 0
+    ended = tiny.call("reproduce", "--run", small.run, "--format", "json")
+    assert ended.code == 0, ended.err
+    why = "no sample of val is misclassified, and the claims are about errors: extract images that the network errs on"
+    assert {(c["verdict"], c["why"]) for c in ended.json["claims"]} == {(UNTESTABLE, why)}
+    assert ended.err.splitlines()[-1].startswith(f"none of the 14 claims can be tested here ({why}): ")
+    text = (small.run / "experiments/report.html").read_text(encoding="utf-8")
+    assert "<h1>None of the 14 claims can be tested here</h1>" in text and f"nothing can be said on this run: {why}." in text
 
 
 def test_costs_are_said_before_anything_is_done(done):
@@ -102,7 +133,7 @@ def test_earlier_results_with_other_settings_are_not_destroyed(copied, monkeypat
     refused = tiny.call("reproduce", "--run", copied.run, *FEW).refused()
     assert "prune: k [1], not [1, 2, 5, 10, 20]" in refused and "--fresh" in refused and "profile" not in refused
     assert content(copied.run) == before and not (copied.run / "experiments/report.html").exists()
-    assert tiny.call("profile", "--run", copied.run, *FEW).code == 0
+    assert tiny.call("profile", "--run", copied.run).code == 0
     kept = (copied.run / "experiments/profile/summary.json").stat().st_mtime_ns
     ended = tiny.call("reproduce", "--run", copied.run, *FEW, "--fresh")
     assert ended.code == 0 and "prune is made anew: k [1], not" in ended.err

@@ -180,7 +180,7 @@ def test_rows_are_those_of_explicit_copies(copied):
             assert got[i, stage]["profile_cosine"] == pytest.approx(vector @ vectors[i] / np.linalg.norm(vector) / np.linalg.norm(vectors[i]), abs=2e-4)
             ranks = [stats.spearmanr(np.array(facts[i]["saliency"])[span], saliency[0][span])[0] for span in (slice(0, 6), slice(6, 14), slice(14, 24))]
             assert got[i, stage]["profile_rank"] == pytest.approx(np.mean(ranks), abs=1e-6)
-            assert got[i, stage]["map_rank"] == pytest.approx(stats.spearmanr(heats[0], heats[stage])[0], abs=5e-3)
+            assert got[i, stage]["map_rank"] == pytest.approx(stats.spearmanr(heats[0], heats[stage])[0], abs=1e-6), "float32 is off by up to 5e-3"
     said = summary_of(copied.run)
     assert said["stages"] == [None, *layers] and said["profile_rank"]["mean"][0] == pytest.approx(1) and said["map_rank"]["mean"][0] == 1
     for name in MEASURES:
@@ -190,12 +190,51 @@ def test_rows_are_those_of_explicit_copies(copied):
     assert ended.err.splitlines()[-1] == said["found"] and "12 misclassified samples x 9 networks at most" in ended.err
     for file in (copied.run / "experiments/sanity").glob("*.parquet"):
         schema = pq.read_schema(file)
-        assert {name: str(schema.field(name).type) for name in schema.names} == {"sample_id": "string", "stage": "int32", "layer": "string"} | dict.fromkeys(MEASURES, "double") | {"silent": "bool"}
+        assert {name: str(schema.field(name).type) for name in schema.names} == {"sample_id": "string", "stage": "int32", "layer": "string"} | dict.fromkeys(MEASURES, "double") | {"silent": "bool", "float64": "bool"}
     assert all((copied.run / f"experiments/sanity/{name}{suffix}").stat().st_size > 1000 for name in ("profile", "map") for suffix in (".png", ".svg"))
 
 
 def summary_of(run):
     return json.loads((run / "experiments/sanity/summary.json").read_text())
+
+
+class Single(tiny.Net):
+    """Computes in float32, whatever it is given."""
+
+    def forward(self, x):
+        return super().forward(x + torch.zeros(1)) if x.dtype == torch.float32 else super().forward(x) @ torch.eye(5)
+
+
+def test_a_network_that_does_not_run_in_float64_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "single", Single, raising=False)
+    small = tiny.Small(tmp_path / "run", tiny.make_sources(tmp_path / "sources"))
+    assert small.extract("val", model="tiny:single").code == 0
+    ended = tiny.call("sanity", "--run", small.run, "--max-samples", 10)
+    assert ended.code == 0 and "sanity: the network does not run in float64" in ended.err and "; in float32, since the network does not run in float64" in ended.err.splitlines()[-1], ended.err
+    assert not any(row["float64"] for row in rows_of(small.run / "experiments/sanity")) and summary_of(small.run)["map_rank"]["mean"][0] == 1
+
+
+def test_maps_about_a_filter_that_hardly_answered_are_not_rounding(copied):
+    """One whose sigma is a millionth of what it is outweighs all others: of the distance is then left what float32 cannot hold."""
+    assert tiny.call("profile", "--run", copied.run).code == 0
+    path = copied.run / "statistics/val.parquet"
+    table = pq.read_table(path)
+    std = table["std"].to_numpy().copy()
+    std[1] *= 1e-6
+    pq.write_table(table.set_column(table.schema.get_field_index("std"), "std", [std]).cast(table.schema), path)
+    assert tiny.call("sanity", "--run", copied.run, "--max-samples", 12, "-k", 3).code == 0
+    facts, pictures, mean = profiles(copied.run, "val"), images_of(copied, "val"), table["mean"].to_numpy()
+    rows = {(row["sample_id"], row["stage"]): row["map_rank"] for row in rows_of(copied.run / "experiments/sanity")}
+    network, some = tiny.net().eval().double(), next(iter(pictures.values()))[None]
+    networks = [network, *(copy.deepcopy(shuffled) for shuffled in cascade(network, stages(network, some), 0, some))]
+    for i in sorted({i for i, _ in rows})[:4]:
+        vector = oracles.standardise(np.array([facts[i]["saliency"]]), mean, std)[0]
+        columns, label = [np.argsort(-vector, kind="stable")[:3]], torch.tensor([facts[i]["label"]])
+        found = [InputSaliency(one, Reference(mean, std, 60, "abs", "test"))(pictures[i][None], label, columns) for one in networks]
+        assert min(one.distance.item() for one in found) < 1e-5
+        heats = [one.maps[0].amax(0).flatten().numpy() for one in found]
+        for stage, heat in enumerate(heats):
+            assert rows[i, stage] == pytest.approx(stats.spearmanr(heats[0], heat)[0], abs=1e-4)
 
 
 class Deaf(tiny.Net):
@@ -232,13 +271,14 @@ def test_the_sentence_says_how_far_it_falls():
     """Above another sample's, below it, not told apart from it, or with none to compare with; blank maps; too few samples."""
     curve = {"mean": [1.0, 0.6, 0.4], "low": [1.0, 0.5, 0.35], "high": [1.0, 0.7, 0.45]}
     interval = lambda at: {"estimate": at, "low": at - 0.05, "high": at + 0.05, "n": 60}  # noqa: E731
-    summary = {"samples": 60, "stages": [None, "head", "conv1"], "silent": [0, 0, 0], "hardly_alive": 0, **{name: curve for name in MEASURES}}
+    summary = {"samples": 60, "stages": [None, "head", "conv1"], "silent": [0, 0, 0], "hardly_alive": 0, "float64": True, **{name: curve for name in MEASURES}}
     summary |= {"other": {name: interval(0.2) for name in MEASURES}, "apart": dict(zip(MEASURES, (interval(0.2), interval(0.2), interval(-0.2), interval(0.01))))}
     cosine, ranks, maps = sentence(summary).split("; ")
     assert cosine.endswith("where another sample's is 0.200 (0.150 to 0.250): it stays above that (any weights give part of it)")
     assert ranks.endswith("falls from 1.000 to 0.600 (0.500 to 0.700) and 0.400 (0.350 to 0.450), where another sample's is 0.200 (0.150 to 0.250): it goes below that")
     assert maps.endswith("not clearly apart from it")
     assert "; the same without 3 filters that hardly ever answered (sigma below a hundredth of the median) falls from 1.000" in sentence(summary | {"hardly_alive": 3})
+    assert "largely rounding" not in sentence(summary) and "; in float32, since the network does not run in float64: maps of shuffled networks may be largely rounding" in sentence(summary | {"float64": False})
     none = {name: None for name in MEASURES}
     alone = sentence(summary | {"samples": 1, "silent": [0, 0, 1], "other": none, "apart": none})
     assert alone.count("no other sample") == 3 and "; 1 map is then blank and counts 0; " in alone and "1 is too few to conclude anything from" in alone

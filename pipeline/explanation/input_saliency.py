@@ -7,10 +7,14 @@ The profile ŝ(x) of an image is boosted at a few filters F, s'_F = ŝ with the 
 
 ŝ(x) is itself made of gradients, so that this is a second derivative. It is exact: autograd differentiates the backward pass, an image at a time, and whatever a
 network does that autograd can differentiate twice is right. Where the gradient of a weight is 0, |.| has no derivative, and contributes 0.
+
+The nearer ŝ(x) is to its target, the less of a number's digits tell them apart: where one filter outweighs all others and F holds it, D_cos is near 0 and a map in
+float32 is off by about 1e-7 / D_cos of its peak. Below `NEAR` an image is therefore done again in float64.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -24,15 +28,18 @@ from pipeline.saliency.vmap import reduce_filters
 from pipeline.statistics import Reference
 
 BOOST = 100.0  # k of the paper
+NEAR = 1e-3  # D_cos below which float32 has less than some three digits of a map
 
 
 class Explained(NamedTuple):
-    """maps: M_F, [B, 3, H, W], by the network's normalised input; standardised: ŝ [B, F] of the images themselves; distance: D_cos [B]; logits [B, C]. All of the images' dtype."""
+    """maps: M_F, [B, 3, H, W], by the network's normalised input; standardised: ŝ [B, F] of the images themselves; distance: D_cos [B]; logits [B, C]. All of the images' dtype.
+    coarse: bool [B], a map that is largely rounding, since `NEAR` asked for float64 and the network cannot run in it."""
 
     maps: torch.Tensor
     standardised: torch.Tensor
     distance: torch.Tensor
     logits: torch.Tensor
+    coarse: torch.Tensor
 
 
 class InputSaliency:
@@ -46,7 +53,8 @@ class InputSaliency:
             raise ValueError("input saliency is defined in eval mode; call network.eval() first")
         if reference.aggregation != aggregation:
             raise ValueError(f"the reference was aggregated as '{reference.aggregation}', not '{aggregation}'")
-        self.network, self.aggregation = network, aggregation
+        self.network, self.reference, self.aggregation = network, reference, aggregation
+        self._twin: InputSaliency | None | bool = False  # of the network in float64, once it is needed; None where there is none
         self.weights = [p for p in network.parameters() if p.dim() == 4]
         if FilterLayout.of(network).total != len(reference.mean):
             raise ValueError(f"the reference is of {len(reference.mean)} filters, the network has {FilterLayout.of(network).total}")
@@ -59,21 +67,33 @@ class InputSaliency:
 
         Raises BadRequest for a network that keeps gradients from its input.
         """
-        each = [self._one(image[None], label[None], columns, boost) for image, label, columns in zip(images, labels, filters, strict=True)]
+        each = [self._with_care(image[None], label[None], columns, boost) for image, label, columns in zip(images, labels, filters, strict=True)]
         return Explained(*(torch.cat(part) for part in zip(*each)))
 
     def smooth(self, images: torch.Tensor, labels: torch.Tensor, filters: list[np.ndarray], boost: float, draws: int, share: float, seed: int) -> Explained:
         """The same with maps averaged over `draws` noisy copies, (1 - share) x + share n, n standard normal, drawn for (seed, draw) alone; each copy has a target of its own."""
         explained = self(images, labels, filters, boost)
-        total = torch.zeros_like(images)
+        total, coarse = torch.zeros_like(images), torch.zeros_like(explained.coarse)
         for draw in range(draws):
             noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed * 100_003 + draw), dtype=images.dtype).to(images.device)
-            total += self((1 - share) * images + share * noise, labels, filters, boost).maps
-        return explained._replace(maps=total / draws)
+            noisy = self((1 - share) * images + share * noise, labels, filters, boost)
+            total, coarse = total + noisy.maps, coarse | noisy.coarse
+        return explained._replace(maps=total / draws, coarse=coarse)
 
     def standardised(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """ŝ [B, F] of images, an image at a time, without any second derivative."""
         return torch.cat([self._profile(image[None], label[None], twice=False)[0].detach()[None] for image, label in zip(images, labels)])
+
+    def _with_care(self, image: torch.Tensor, label: torch.Tensor, columns: np.ndarray, boost: float) -> tuple[torch.Tensor, ...]:
+        """`_one`, in float64 where the distance asks for it; then whether the map is coarse, bool [1]."""
+        found = self._one(image, label, columns, boost)
+        near = image.dtype != torch.float64 and bool(found[2].abs() < NEAR)
+        if near and self._twin is False:
+            double = in_float64(self.network, image)
+            self._twin = double and InputSaliency(double, self.reference, self.aggregation)
+        if near and self._twin:
+            found = tuple(part.to(image.dtype) for part in self._twin._one(image.double(), label, columns, boost))
+        return (*found, torch.tensor([near and not self._twin], device=image.device))
 
     def _one(self, image: torch.Tensor, label: torch.Tensor, columns: np.ndarray, boost: float) -> tuple[torch.Tensor, ...]:
         image = image.detach().requires_grad_()
@@ -101,6 +121,16 @@ class InputSaliency:
         finally:
             for p, before in zip(self.weights, wanted):
                 p.requires_grad_(before)
+
+
+def in_float64(network: torch.nn.Module, images: torch.Tensor) -> torch.nn.Module | None:
+    """A copy of a network that computes in float64; None where it cannot be copied, or computes some of it in another type. images: [B, 3, H, W], to try it with."""
+    try:
+        double = copy.deepcopy(network).double()
+        with torch.no_grad():
+            return double if double(images.double()).dtype == torch.float64 else None
+    except Exception:  # a network is anybody's code
+        return None
 
 
 def boosted(standardised: torch.Tensor, columns: np.ndarray, boost: float = BOOST) -> torch.Tensor:
