@@ -154,7 +154,7 @@ def _join(ray, address: str) -> None:
     try:
         if host and port.isdecimal():
             socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
-        with _muted(), _own_sigterm():
+        with _muted(), own_sigterm():
             ray.init(address=address, runtime_env={"env_vars": SETTINGS}, **QUIET)
     except Exception as fault:
         raise BadRequest(f"--address: no Ray cluster can be joined at {printable(address)} ({_reason(fault)}); start one with ray start --head, or use --address local") from None
@@ -165,7 +165,7 @@ def _start_here(ray) -> None:
     os.environ.update(SETTINGS)  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
     for left in reversed(range(STARTS)):
         try:
-            with _muted(), _own_sigterm():
+            with _muted(), own_sigterm():
                 ray.init(address="local", include_dashboard=False, **QUIET)
             return
         except Exception as fault:
@@ -180,7 +180,7 @@ def _reason(fault: Exception) -> str:
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
+def own_sigterm() -> Iterator[None]:
     """SIGTERM means afterwards what it meant before: Ray puts a handler of its own there, which dumps a stack and aborts."""
     before = signal.getsignal(signal.SIGTERM)
     try:

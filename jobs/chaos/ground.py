@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 
 from jobs import digits
 from jobs.chaos.processes import finished
+from jobs.cluster import own_sigterm
 from pipeline import failpoints
 from pipeline.errors import Stopped, printable
 from pipeline.store import Store
@@ -85,14 +87,17 @@ class Ground:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             from ray.cluster_utils import Cluster
 
+            logging.getLogger("ray").setLevel(logging.CRITICAL)
             self._ray = tempfile.mkdtemp(prefix="fl-", dir="/tmp" if os.path.isdir("/tmp") else None)  # Ray's socket paths must be short
             args = {"num_cpus": NODE_CPUS, "object_store_memory": STORE_BYTES, "include_dashboard": False, "temp_dir": self._ray}
-            self._cluster = Cluster(initialize_head=True, head_node_args=args)
+            with own_sigterm():
+                self._cluster = Cluster(initialize_head=True, head_node_args=args)
             self.add_node()
         return self._cluster.address
 
     def add_node(self) -> None:
-        self._nodes.append(self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=STORE_BYTES))
+        with own_sigterm():
+            self._nodes.append(self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=STORE_BYTES))
 
     def kill_node(self) -> None:
         """SIGKILL to everything of the node that is not the head: its raylet, and the workers that it started."""
