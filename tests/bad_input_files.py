@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import struct
 import zipfile
 from collections.abc import Callable
@@ -12,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import shards
 import tiny
 import torch
 from bad_input_sources import DAMAGES, LINKS, NO_FILE
@@ -48,10 +45,6 @@ def saved(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 def filled(value: float) -> Callable[[Path], None]:
     return saved(lambda state: state[WEIGHT].view(-1)[3:4].fill_(value) and None)
-
-
-def trap(state: dict, wrap: Callable[[Path], object]) -> Callable[[Path], None]:
-    return lambda path: torch.save(wrap(Trap(path.with_name("ran"))), path)
 
 
 def tensors(header: dict | bytes, data: bytes = b"", length: int | None = None) -> Callable[[Path], None]:

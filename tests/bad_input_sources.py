@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import socket
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
