@@ -137,8 +137,8 @@ def decode(raw: RawSample, preprocessing: Preprocessing, classes: int) -> Sample
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
             with Image.open(io.BytesIO(raw.image), formats=FORMATS) as image:
-                if image.mode[0] in "IF":  # convert would clip them: of 16 bits all is white, of floats from 0 to 1 all is black
-                    return Sample(raw.sample_id, reason=f"its pixels are not of 8 bits (PIL's mode {image.mode}): save it as 8 bits a colour")
+                if image.mode == "F":  # convert would clip them: of floats from 0 to 1 all is black
+                    return Sample(raw.sample_id, reason="its pixels are floats (PIL's mode F): save it as 8 bits a colour")
                 image = image.convert("RGB")
         pixels = preprocessing.pixels(image)
         return Sample(raw.sample_id, raw.label, pixels, _thumbnail(image), whole=image.size[::-1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -63,17 +64,33 @@ def interval_of(stem: str) -> tuple[str, int, int] | None:
 
 
 def apart(stems: Iterable[str]) -> list[str]:
-    """Of the files of units, those that count, so that no sample stands in two of them: where units of a shard overlap, the one that begins first, and of these the longest.
+    """Of the files of units, those that count: so that no sample stands in two of them, and as many samples as can be stand in one; of equal choices the one with the fewest files.
 
-    They overlap only where a worker that was given up, or whose job died, comes back to life and commits a unit that has been cut differently
-    since. Its rows are the same, bit by bit; they are only there twice.
+    Units overlap only where a worker that was given up, or whose job died, comes back to life and commits a unit that has been cut differently
+    since. Its rows are the same, bit by bit; they are only there twice. A further file never makes fewer samples count.
     """
-    places = sorted((interval_of(stem), stem) for stem in stems)
-    chosen, shard, end = [], None, 0
-    for (name, start, stop), stem in sorted(places, key=lambda place: (place[0][0], place[0][1], -place[0][2])):
-        if name != shard or start >= end:
-            chosen.append(stem)
-            shard, end = name, stop
+    shards: dict[str, list[tuple[int, int, str]]] = {}
+    for stem in set(stems):
+        name, start, stop = interval_of(stem)
+        shards.setdefault(name, []).append((stop, start, stem))
+    return sorted(stem for units in shards.values() for stem in _most(sorted(units)))
+
+
+def _most(units: list[tuple[int, int, str]]) -> list[str]:
+    """Weighted interval scheduling over one shard. units: (stop, start, stem), sorted."""
+    stops = [stop for stop, _, _ in units]
+    best: list[tuple[int, int]] = [(0, 0)]  # (samples, - files) of the best choice among the first i units
+    before = [bisect_right(stops, start, hi=i) for i, (_, start, _) in enumerate(units)]  # how many of the first end where this one begins, or earlier
+    for (stop, start, _), places in zip(units, before):
+        samples, files = best[places]
+        best.append(max(best[-1], (samples + stop - start, files - 1)))
+    chosen, i = [], len(units)
+    while i:
+        if best[i] == best[i - 1]:
+            i -= 1
+        else:
+            chosen.append(units[i - 1][2])
+            i = before[i - 1]
     return chosen
 
 

@@ -1,6 +1,7 @@
 """The plan: every sample that was asked for, exactly once, whatever is there already; and names that cannot collide."""
 
 import json
+from itertools import combinations
 
 import pytest
 from hypothesis import given
@@ -128,3 +129,13 @@ def test_units_that_count_share_no_sample_and_what_is_planned_beside_them_comple
     rest = covered(plan("val", shards, apart([unit.stem for unit in units]), most, None))
     assert sorted(places + rest) == [(s.name, i) for s in shards for i in range(120)]
     assert apart([unit.stem for unit in counted]) == sorted({unit.stem for unit in counted})
+
+
+@given(intervals=st.lists(st.tuples(st.just(0), st.integers(0, 12), st.integers(1, 8)), max_size=7))
+def test_as_many_samples_count_as_any_choice_of_units_could_give(intervals):
+    """Held to every choice there is; so another file never makes fewer count."""
+    units = list({Unit("val", "s.tar", start, start + length).stem: Unit("val", "s.tar", start, start + length) for _, start, length in intervals}.values())
+    choices = [some for size in range(len(units) + 1) for some in combinations(units, size) if len(set(places := covered(some))) == len(places)]
+    best = max((sum(u.samples for u in some), -len(some)) for some in choices)
+    got = [unit for unit in units if unit.stem in apart(u.stem for u in units)]
+    assert (sum(u.samples for u in got), -len(got)) == best and len(set(covered(got))) == best[0]
