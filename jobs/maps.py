@@ -16,7 +16,7 @@ from jobs.explain import Wanted, check_explainable
 from jobs.prune import filters_of
 from pipeline.errors import BadRequest
 from pipeline.experiment import Choice, Rows, batches, images_of, network_of, read_results
-from pipeline.intervals import FEW, Interval, bootstrap_mean
+from pipeline.intervals import FEW, Interval, bootstrap_mean, share_mean
 from pipeline.interventions.choice import choose
 from pipeline.samples import Sample
 from pipeline.statistics import Reference
@@ -121,8 +121,8 @@ class Maps:
         if not known.num_rows:
             raise BadRequest("the network's gradient is not finite (NaN or infinity) for any of these images: nothing can be explained")
         order = np.argsort(Choice("all", w.seed).hashes(known["sample_id"].to_pylist()), kind="stable")[:EXAMPLES]
-        hot, n = bootstrap_mean(known["hot"].to_numpy(), w.seed), known.num_rows
-        summary = {"dataset": dataset, "samples": n, "not_finite": rows.num_rows - n, "k": w.k, "boost": w.boost, "hot": hot.to_json(), "distance": bootstrap_mean(known["distance"].to_numpy(), w.seed).to_json()}
+        hot, n = share_mean(known["hot"].to_numpy()), known.num_rows
+        summary = {"dataset": dataset, "samples": n, "not_finite": rows.num_rows - n, "k": w.k, "boost": w.boost, "hot": hot.to_json(), "distance": bootstrap_mean(known["distance"].to_numpy(), w.seed, ends=(0.0, 2.0)).to_json()}
         summary["examples"] = known["sample_id"].take(pa.array(order)).to_pylist()
         result = {"samples": n, "hot": hot.estimate, "distance": summary["distance"]["estimate"]}
         return summary | {"result": result, "found": found(summary)}

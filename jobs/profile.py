@@ -148,7 +148,8 @@ def _result(groups: dict, summary: dict) -> dict[str, float]:
     flat = {"samples": sum(group["samples"] for group in groups.values()), "misclassified": groups.get("misclassified", {}).get("samples", 0)}
     intervals = {f"{key}_{name}": group[key] for key in ("saliency", "deep_minus_early") for name, group in groups.items()} | {key: value for key, value in summary.items() if key == "saliency_difference"}
     for name, interval in intervals.items():
-        flat |= {name: interval["estimate"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
+        flat |= {name: interval["estimate"]}
+        flat |= {f"{name}_low": interval["low"], f"{name}_high": interval["high"]} if interval["n"] > 2 or interval["low"] < interval["high"] else {}  # of one sample there is none
     return flat
 
 

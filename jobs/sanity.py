@@ -35,6 +35,7 @@ AT_MOST = 9  # networks: the trained one, its head randomised, and the stages be
 OTHER = -1  # the stage of the rows that are about other samples
 TOGETHER = 32  # samples
 LIVELY = 0.01  # of the median sigma: a filter that differed less than that hardly ever answered, and outweighs all others once shuffling wakes it
+ALIKE = (-1.0, 1.0)  # what a cosine or a correlation cannot leave
 MEASURES = {"profile_cosine": "the profile's cosine", "profile_cosine_lively": "the same without", "profile_rank": "the order of filters within a layer", "map_rank": "the order of a map's pixels"}
 MEANING = {
     "profile_cosine": "any weights give {}",
@@ -219,16 +220,21 @@ class Sanity:
             known = ~np.isnan(values).any(1)
             if not known.any():
                 raise BadRequest(f"of {by[0].num_rows:,} samples none has {'a map' if name == 'map_rank' else 'a profile'} with any spread by the trained network: there is nothing that randomising could change")
-            summary[name] = dict(zip(("mean", "low", "high"), (v.tolist() for v in bootstrap_means(values[known], self.experiment.seed))))
+            summary[name] = dict(zip(("mean", "low", "high"), (v.tolist() for v in self._curve(values[known]))))
             level = by[OTHER][name].to_numpy()
             both = known & ~np.isnan(level)
-            other[name] = bootstrap_mean(level[both], self.experiment.seed).to_json() if both.any() else None
-            apart[name] = bootstrap_mean(values[both, -1] - level[both], self.experiment.seed).to_json() if both.any() else None
+            other[name] = bootstrap_mean(level[both], self.experiment.seed, ends=ALIKE).to_json() if both.any() else None
+            apart[name] = bootstrap_mean(values[both, -1] - level[both], self.experiment.seed, ends=(2 * ALIKE[0], 2 * ALIKE[1])).to_json() if both.any() else None
         summary |= {"other": other, "apart": apart, "silent": [int(by[stage]["silent"].to_numpy().sum()) for stage in range(count)]}
         result = {"samples": summary["samples"], "stages": count - 1}
         for name in MEASURES:
             result |= {f"{name}_head": summary[name]["mean"][1], f"{name}_all": summary[name]["mean"][-1]} | ({f"{name}_other": other[name]["estimate"]} if other[name] else {})
         return summary | {"result": result, "found": found(summary)}
+
+    def _curve(self, values: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(mean, low, high) of likenesses [N, stages]: the first is what a network is like to itself, which no other sample could change."""
+        own, others = bootstrap_means(values[:, :1], self.experiment.seed), bootstrap_means(values[:, 1:], self.experiment.seed, ends=ALIKE)
+        return tuple(np.concatenate(parts) for parts in zip(own, others))
 
     def draw(self, store: Store, summary: dict, folder: Path) -> None:
         asked = f"{summary['samples']:,} misclassified sample{'s' * (summary['samples'] != 1)} of data set {summary['dataset']}"

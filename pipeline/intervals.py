@@ -36,7 +36,9 @@ class Interval:
         return asdict(self)
 
     def text(self, digits: int = 2, sign: str = "") -> str:
-        """`1.62 (1.58 to 1.66)`."""
+        """`1.62 (1.58 to 1.66)`; where so few samples have no interval of any length, that."""
+        if self.n <= 2 and self.low == self.high:
+            return f"{self.estimate:{sign}.{digits}f} ({'one sample' if self.n == 1 else 'two samples'}: no interval)"
         return f"{self.estimate:{sign}.{digits}f} ({self.low:{sign}.{digits}f} to {self.high:{sign}.{digits}f})"
 
 
@@ -48,7 +50,7 @@ def bootstrap_means(
 
     ends: what no value can leave. The intervals then stay inside, and of few samples, or of a column without spread, they are those of `_with_ends`.
     Without ends Student's may leave the range of the values, and a column without spread, or a single sample, has an interval of length 0, which says
-    nothing. Raises ValueError for no sample.
+    nothing (`Interval.text` has it so of one sample). Raises ValueError for no sample.
     """
     values = np.asarray(values, np.float64)
     if not len(values):
@@ -81,12 +83,17 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
 
 def bootstrap_difference(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
     """Of mean(a) - mean(b), two independent groups of samples [N], [M]: percentile interval, each group drawn by itself; Student's (Welch, 1947) where
-    a group has fewer than `SMALL`, of length 0 where one has a single sample. n is that of both."""
+    a group has fewer than `SMALL`. A single sample says nothing of its group's spread: it is then taken to be the other's (Student's, pooled), and is not known, with length 0,
+    where both have a single one. n is that of both."""
     if 1 <= min(len(a), len(b)) < SMALL:
         difference = float(np.mean(a) - np.mean(b))
-        errors = [float(np.var(part, ddof=1)) / len(part) if len(part) > 1 else 0.0 for part in (a, b)]
+        if min(len(a), len(b)) == 1:
+            more = max(a, b, key=len)
+            half = float(margin(np.std(more, ddof=1), len(more), level)) * (len(more) + 1) ** 0.5 if len(more) > 1 else 0.0
+            return Interval(difference, difference - half, difference + half, len(a) + len(b))
+        errors = [float(np.var(part, ddof=1)) / len(part) for part in (a, b)]
         freedom = sum(errors) ** 2 / sum(e**2 / (len(part) - 1) for e, part in zip(errors, (a, b)) if e) if any(errors) else 1.0
-        half = float(stdtrit(freedom, (1 + level) / 2)) * sum(errors) ** 0.5 if min(len(a), len(b)) > 1 else 0.0
+        half = float(stdtrit(freedom, (1 + level) / 2)) * sum(errors) ** 0.5
         return Interval(difference, difference - half, difference + half, len(a) + len(b))
     drawn = []
     for part, stream in ((a, 0), (b, 1)):

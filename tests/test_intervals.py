@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from pipeline.intervals import CHANGE, bootstrap_difference, bootstrap_mean, bootstrap_means, paired_shares, share_mean, share_means, wilson
 
@@ -226,3 +227,21 @@ def test_an_interval_of_changes_has_a_length_and_stays_inside(n, value):
 @pytest.mark.parametrize("n", [3, 12, 60])
 def test_an_interval_of_changes_covers_their_mean(n):
     assert covered(lambda r: bootstrap_mean(-r.beta(0.3, 2, n), seed=1, resamples=400, ends=CHANGE), -0.3 / 2.3) >= 0.91
+
+
+def test_one_sample_has_no_interval_and_says_so():
+    """Length 0 is not certainty."""
+    assert bootstrap_mean(np.array([1.5])).text() == "1.50 (one sample: no interval)" and bootstrap_mean(np.array([1.0, 1.0])).text(1, "+") == "+1.0 (two samples: no interval)"
+    assert bootstrap_mean(np.array([1.0, 2.0])).text() == "1.50 (-4.85 to 7.85)" and bootstrap_mean(np.ones(30)).text() == "1.00 (1.00 to 1.00)"
+    assert share_mean(np.array([1.0])).text() == "1.00 (0.00 to 1.00)" and bootstrap_difference(np.ones(1), np.zeros(1)).text() == "1.00 (two samples: no interval)"
+
+
+@pytest.mark.parametrize("others", [2, 5, 40])
+def test_a_single_sample_against_a_group_is_as_uncertain_as_the_group_is_spread(others):
+    random = np.random.default_rng(0)
+    group = random.normal(0, 2, others)
+    for a, b, sign in ((np.array([3.0]), group, 1), (group, np.array([3.0]), -1)):
+        found = bootstrap_difference(a, b)
+        assert (found.high - found.low) / 2 == pytest.approx(stats.t.ppf(0.975, others - 1) * group.std(ddof=1) * (1 + 1 / others) ** 0.5)
+        assert found.estimate == pytest.approx(sign * (3 - group.mean())) and found.n == others + 1
+    assert covered(lambda r: bootstrap_difference(r.normal(1, 2, 1), r.normal(0, 2, others)), 1) >= 0.92

@@ -13,6 +13,7 @@ from test_interventions_jobs import images, profiles, rows_of, standardised, sum
 from jobs.maps import heat_of
 from pipeline.explanation.input_saliency import InputSaliency
 from pipeline.filters import FilterLayout
+from pipeline.intervals import share_mean
 from pipeline.statistics import Reference
 
 
@@ -48,6 +49,8 @@ def test_what_is_said_drawn_and_kept(done):
     small, ended = done
     summary, folder = summary_of(small.run, "explain"), small.run / "experiments/explain"
     assert ended.err.splitlines()[-1] == summary["found"] and "the hottest 5% of the pixels hold" in summary["found"]
+    known = [r["hot"] for r in rows_of(folder)]
+    assert summary["hot"] == share_mean(np.array(known)).to_json(), "a share has an interval of shares"
     assert len(summary["examples"]) == 8 and all((folder / f"maps.{end}").exists() for end in ("png", "svg"))
     again = tiny.call("explain", "--all-errors", "--run", small.run, "-k", 3, "--format", "json")
     assert again.code == 0 and again.json == ended.json and "passes" not in again.err

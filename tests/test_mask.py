@@ -16,6 +16,7 @@ from test_interventions_jobs import images, profiles, rows_of, standardised, sum
 
 from jobs.masked import found as sentence
 from pipeline.explanation.input_saliency import InputSaliency
+from pipeline.intervals import paired_shares, share_mean
 from pipeline.interventions import masking
 from pipeline.statistics import Reference
 
@@ -92,6 +93,11 @@ def test_rows_are_those_of_pictures_masked_by_hand(done):
     assert summary["samples"] == len(errors) and summary["corrected_salient"] == pytest.approx(np.mean([r["corrected"] for r in own]))
     pasted = [r for r in rows if r["strategy"] == "transplant"]
     assert summary["transplant_pairs"] == sum(r["hosts"] for r in pasted) and summary["transplant_rises"] == pytest.approx(np.mean([r["rises"] for r in pasted]))
+    drawn = {r["sample_id"]: r["rises"] for r in rows if r["strategy"] == "transplant_random"}
+    shares, others = (np.array(values) for values in zip(*((r["rises"], drawn[r["sample_id"]]) for r in sorted(pasted, key=lambda r: r["sample_id"]))))
+    told = summary_of(small.run, "mask")["transplant"]
+    for name, interval in (("rises", share_mean(shares)), ("rises_random", share_mean(others)), ("rises_minus_random", paired_shares(shares, others))):
+        assert [told[name][key] for key in ("estimate", "low", "high")] == pytest.approx([interval.estimate, interval.low, interval.high]), "shares have intervals of shares"
 
 
 def test_what_is_said_and_drawn(done):

@@ -10,9 +10,10 @@ import pytest
 import scipy.stats
 import tiny
 
-from jobs.profile import found
+from jobs.profile import _result as result, found
 from pipeline.depth import layer_means, parts, sorted_within_layers
 from pipeline.filters import FilterLayout
+from pipeline.intervals import bootstrap_difference, bootstrap_mean
 
 
 def read(run, dataset="val"):
@@ -147,3 +148,16 @@ def test_real_errors_are_more_salient(data, tmp_path):
     assert tiny.call("extract", "--run", tmp_path / "run", "--dataset", "val", *words).code == 0
     ended = tiny.call("profile", "--run", tmp_path / "run", "--format", "json")
     assert ended.code == 0 and ended.json["saliency_misclassified"] == pytest.approx(1.62, abs=0.35) and ended.json["saliency_correct"] == pytest.approx(-0.33, abs=0.1)
+
+
+def test_a_group_of_one_has_no_interval():
+    """One error among the correct ones: its mean is a number, and nothing more is known of it; the difference is as uncertain as the others are spread."""
+    rows = [{"saliency": 2.0, "deep": 1.0, "early": 0.5}, *({"saliency": 0.1 * i, "deep": 0.1, "early": 0.2} for i in range(30))]
+    values = np.array([row["saliency"] for row in rows])
+    alone, others = bootstrap_mean(values[:1]), bootstrap_mean(values[1:])
+    groups = {name: {"samples": n, "saliency": one.to_json(), "deep_minus_early": one.to_json()} for name, n, one in (("misclassified", 1, alone), ("correct", 30, others))}
+    summary = {"saliency_difference": bootstrap_difference(values[:1], values[1:]).to_json()}
+    assert "(mean standardised saliency 2.00 (one sample: no interval) against 1.45 (1." in found(groups, summary)
+    flat = result(groups, summary)
+    assert "saliency_misclassified" in flat and not {"saliency_misclassified_low", "saliency_misclassified_high"} & set(flat) and {"saliency_correct_low", "saliency_difference_low"} <= set(flat)
+    assert flat["saliency_difference_high"] - flat["saliency_difference_low"] > 1

@@ -293,6 +293,16 @@ def test_the_same_sample_whoever_is_asked_with_it(copied, tmp_path):
     assert len(of["few"]) == 3 * 6 and all(np.allclose(row, of["more"][key], atol=1e-4) for key, row in of["few"].items())
 
 
+def test_intervals_of_two_samples_stay_where_a_correlation_can_be(copied):
+    """Student's of two would leave it; to itself a network is 1, by definition."""
+    assert tiny.call("sanity", "--run", copied.run, "--max-samples", 2).code == 0
+    said = summary_of(copied.run)
+    for name in MEASURES:
+        assert all(-1 <= end <= 1 for key in ("low", "high") for end in said[name][key][1:]) and all(-1 <= said["other"][name][key] <= 1 for key in ("low", "high"))
+        assert said[name]["high"][2] - said[name]["low"][2] > 0.5 and -2 <= said["apart"][name]["low"] < said["apart"][name]["high"] <= 2
+    assert said["map_rank"]["low"][0] == said["map_rank"]["high"][0] == 1
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
