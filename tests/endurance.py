@@ -189,7 +189,7 @@ def draw() -> None:
             axes.axvline(event["seconds"], color="0.7", linewidth=1, zorder=0)
             axes.text(event["seconds"], 1.01, event["what"], transform=axes.get_xaxis_transform(), rotation=20, ha="left", va="bottom", fontsize=7)
         axes.set(xlabel="seconds", ylabel=f"MiB, not shared\n({title})", ylim=(0, None))
-        axes.legend(fontsize=7, ncols=3, frameon=False, loc="lower right")
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
         print(IMAGES / f"{name}.svg")
 
