@@ -195,7 +195,8 @@ def _answer(about: About, counts: dict[str, int], found: list[tuple[Claim, Findi
     if why is not None:
         return _safe(f"Of {about_them}, nothing can be said on this run: {why}.")
     are = lambda n: f"{n} {'is' if n == 1 else 'are'}"  # noqa: E731
-    text = f"Of {about_them}, {are(counts[REPRODUCED])} reproduced on this run, {are(counts[NOT])} not reproduced, {are(counts[UNDECIDED])} undecided, and {counts[UNTESTABLE]} cannot be tested here."
+    parts = [f"{are(counts[REPRODUCED])} reproduced on this run", f"{are(counts[NOT])} not reproduced", f"{are(counts[UNDECIDED])} undecided", *([f"{counts[UNTESTABLE]} cannot be tested here"] if counts[UNTESTABLE] else [])]
+    text = f"Of {about_them}, {', '.join(parts[:-1])}, and {parts[-1]}."
     for verdict, words in ((NOT, "Not reproduced"), (UNDECIDED, "Undecided")):
         named = [f"{claim.short[0].lower()}{claim.short[1:]} ({claim.place[0].lower()}{claim.place[1:]})" for claim, finding in found if finding.verdict == verdict and not claim.own]
         text += f" {words}: {'; '.join(named)}." if named else ""
