@@ -189,3 +189,19 @@ def test_archive_that_is_not_what_its_name_says_is_refused(tmp_path, name, pack,
     source, names = open_source(str(tmp_path / name))
     with pytest.raises(BadRequest, match=message):
         source.census(*names)
+
+
+@pytest.mark.parametrize(
+    "pattern, says",
+    [("v-{0..99999999999}.tar", "names more than 1,000,000 files"), (f"v-{{0..{'1' * 5000}}}.tar", "names more than 1,000,000 files"), ("{0..999}{0..9999}", "names more than"), ("{a,b}" * 20, "names more than"), ("{1..1}" * 1100, "holds more than 20 braces")],
+    ids=["long range", "long number", "product", "twenty twos", "many braces"],
+)
+def test_pattern_without_end_is_refused_at_once(pattern, says):
+    """In one line, without making the list first."""
+    with pytest.raises(BadRequest, match=says) as told:
+        expand_braces(pattern)
+    assert len(str(told.value)) < 250 and "--source" in str(told.value)
+
+
+def test_braces_that_are_no_range_stay_as_they_are():
+    assert expand_braces("{1..{2,z}}") == ["1", "2", "{1..z}"]

@@ -17,6 +17,7 @@ import psutil
 from jobs import digits
 from jobs.chaos.processes import finished
 from jobs.cluster import own_sigterm
+from jobs.progress import say
 from pipeline import failpoints
 from pipeline.errors import Stopped, printable
 from pipeline.store import Store
@@ -57,11 +58,13 @@ class Ground:
         os.environ[failpoints.VARIABLE] = str(self.failpoints)  # of this process, and so of all that it starts
         self.failpoints.mkdir(parents=True, exist_ok=True)
         self.clear()
+        for left in self.folder.glob("fl-*"):  # of commands that were killed
+            left.unlink()
         if (self.reference / "experiments/prune/summary.json").exists():
             return
         made = digits.write(self.folder / "digits")
         cut(made.shards("val"), self.source)
-        shutil.rmtree(self.reference, ignore_errors=True)
+        say("first the undisturbed run that all others are held to (a minute or so)")
         for words in (self.words(self.reference), index_words(self.reference), prune_words(self.reference)):
             code, stderr = finished(self.folder, *words)
             if code:

@@ -44,17 +44,34 @@ def paths_of(spec: str) -> tuple[list[str], str, str]:
     return paths, os.path.dirname(os.path.join(there, re.split(r"[*?\[{]", pattern, maxsplit=1)[0])), pattern
 
 
+MOST_NAMES, MOST_BRACES = 1_000_000, 20  # that a pattern may stand for, and hold
+_BRACES = re.compile(r"\{([^{}]*,[^{}]*|-?\d+\.\.-?\d+)\}")
+
+
 def expand_braces(pattern: str) -> list[str]:
-    """`{a,b}` and `{00..63}` as a shell expands them, leading zeros kept; other text as it is."""
-    match = re.search(r"\{([^{}]*,[^{}]*|-?\d+\.\.-?\d+)\}", pattern)
-    if match is None:
-        return [pattern]
-    body = match.group(1)
+    """`{a,b}` and `{00..63}` as a shell expands them, leading zeros kept; other text as it is. Raises BadRequest for more than `MOST_NAMES` names."""
+    shown, patterns = printable(pattern if len(pattern) <= 80 else pattern[:77] + "..."), [pattern]
+    for _ in range(MOST_BRACES + 1):
+        found = [_BRACES.search(p) for p in patterns]
+        if not any(found):
+            return patterns
+        words = [_words(match.group(1)) if match else [None] for match in found]
+        if sum(map(len, words)) > MOST_NAMES:
+            raise BadRequest(f"--source: {shown} names more than {MOST_NAMES:,} files: is a number in its braces too long?")
+        patterns = [p if word is None else p[: match.start()] + word + p[match.end() :] for p, match, some in zip(patterns, found, words) for word in some]
+    raise BadRequest(f"--source: {shown} holds more than {MOST_BRACES} braces: name a folder, or use *")
+
+
+def _words(body: str) -> list[str] | range:
+    """What stands between two braces, as a list, or as a range where that is too long to be one."""
     if "," in body:
-        words = body.split(",")
-    else:
-        first, last = body.split("..")
-        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
-        step = 1 if int(first) <= int(last) else -1
-        words = [str(n).zfill(width) for n in range(int(first), int(last) + step, step)]
-    return [whole for word in words for whole in expand_braces(pattern[: match.start()] + word + pattern[match.end() :])]
+        return body.split(",")
+    first, last = body.split("..")
+    if max(len(first), len(last)) > 18:
+        return range(MOST_NAMES + 1)
+    low, high = int(first), int(last)
+    if abs(high - low) >= MOST_NAMES:
+        return range(MOST_NAMES + 1)
+    width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+    step = 1 if low <= high else -1
+    return [str(n).zfill(width) for n in range(low, high + step, step)]
