@@ -283,6 +283,8 @@ def main() -> None:
         if os.environ.get("FAULTLINE_DEBUG"):
             raise
         code = _unforeseen(defect)
+    if "jobs.cluster" in sys.modules:
+        sys.modules["jobs.cluster"].leave(code)
     sys.exit(code)
 
 

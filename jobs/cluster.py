@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -42,6 +43,9 @@ STARTS = 3  # times that Ray is started on this machine before it is given up
 PATIENCE = "FAULTLINE_PATIENCE"  # seconds without a finished unit, once there was one, after which the workers are believed to hang
 SLOWEST = 20  # and never fewer than so many times the longest pause so far
 ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
+
+
+broken = False  # whether Ray itself failed in this process
 
 
 class Hung(Exception):
@@ -175,6 +179,18 @@ def _start_here(ray) -> None:
             say(f"Ray did not start ({_reason(fault)}); trying again")
 
 
+def leave(code: int) -> None:
+    """Where Ray itself has failed: ends what it started here, and this process with `code`. Ray's own goodbyes would end it with another, since they wait for servers that are gone."""
+    if not broken:
+        return
+    node = sys.modules["ray"]._private.worker._global_node
+    if node is not None:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _reason(fault: Exception) -> str:
     return printable((str(fault).strip().splitlines() or [type(fault).__name__])[0])[:160]
 
@@ -234,6 +250,8 @@ def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device:
                 wait_again()
                 yield Receipt(**row)
     except (ray.exceptions.RayError, RuntimeError) as fault:
+        global broken
+        broken = True
         text = str(fault).strip().splitlines()
         raise Stopped(f"Ray stopped the job: {printable(text[-1] if text else type(fault).__name__)[:300]}\nwhat is done is kept; the same command resumes") from None
 

@@ -30,7 +30,7 @@ class Job:
         own = {"RAY_TMPDIR": str(self.ray), "RAY_ADDRESS": "local"}
         inherited = {k: v for k, v in os.environ.items() if k != "FAULTLINE_DEBUG"}
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
-            self.process = psutil.Popen([str(COMMAND), *map(str, words)], cwd=folder, env=inherited | own | (env or {}), stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+            self.process = psutil.Popen([str(COMMAND), *map(str, words)], cwd=folder, env=inherited | own | (env or {}), stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, preexec_fn=_hear)
 
     def family(self) -> list[psutil.Process]:
         """Living descendants of the driver, those whose parent is gone included."""
@@ -119,6 +119,11 @@ def strangers(stderr: str, dataset: str) -> list[str]:
 def ending(stderr: str) -> str:
     """The message that the command ended with."""
     return stderr[stderr.rfind("faultline: ") :] if "faultline: " in stderr else ""
+
+
+def _hear() -> None:
+    """Ctrl-C is heard, also where this process was started in a shell's background, which has it ignored by all below."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _title(process: psutil.Process) -> str:
