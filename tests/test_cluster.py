@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -119,3 +121,11 @@ def test_units_go_through_a_pool_of_gpu_actors_one_receipt_each(tmp_path, two_gp
     assert not any(r.fault for r in receipts)
     assert store.progress("val").done == 3 * UNITS
     assert sorted(note.read_text() for note in run.glob("gpu-*")) == ["cuda 0", "cuda 1"]
+
+
+@pytest.mark.parametrize("broken, code", [(True, 4), (False, 1)])
+def test_where_ray_has_failed_the_exit_code_is_ours(broken, code):
+    """Its own goodbyes may end the process with another; here something that is registered to be done at the end does."""
+    script = f"import atexit, os, sys, ray\natexit.register(os._exit, 1)\nfrom jobs import cluster\ncluster.broken = {broken}\nprint('last words')\ncluster.leave(4)\nsys.exit(4)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and (not broken or done.stdout == "last words\n")
