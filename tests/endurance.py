@@ -22,25 +22,14 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from test_memory import NETWORK
+
 ROOT = Path(__file__).parents[1]
 DATA, IMAGES = ROOT / "docs/data/reliability", ROOT / "docs/images"
 NODES, STORE_MIB = 4, 80
 SIDE, EACH, SHARDS = 512, 64, 120  # a unit is EACH images of SIDE x SIDE pixels
 SOAK, SOAK_SHARD = 300_000, 10_000  # images of 32 x 32, and of a shard
 PAUSE = 2.0  # seconds between two looks
-NETWORK = '''
-from torch import nn, manual_seed
-from pipeline.samples import Preprocessing
-
-class Tiny(nn.Module):
-    preprocessing = Preprocessing(resize=None, crop=None)
-    def __init__(self):
-        super().__init__()
-        manual_seed(0)
-        self.conv, self.linear = nn.Conv2d(3, 4, 8, 8), nn.Linear(4, 10)
-    def forward(self, x):
-        return self.linear(self.conv(x).mean((2, 3)))
-'''
 
 
 def tree(process: psutil.Process) -> list[psutil.Process]:
