@@ -1,6 +1,7 @@
 """The devkit's meta.mat, read without scipy: what scipy writes is what is read, and a damaged file is refused, never more."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -38,8 +39,8 @@ def test_numbers_of_any_kind():
 
 @pytest.mark.parametrize(
     "content, message",
-    [(b"", "version 5"), (b"junk" * 100, "version 5"), (written()[:300], "longer than the whole|damaged"), (written(name="other"), "no array of structs"), (written(True)[:-40], "longer|damaged")],
-    ids=["empty", "junk", "cut", "another name", "cut in its compressed part"],
+    [(b"", "version 5"), (b"junk" * 100, "version 5"), (written()[:128] + struct.pack("<II", 14, 0), "damaged"), (written()[:300], "longer than the whole|damaged"), (written(name="other"), "no array of structs"), (written(True)[:-40], "longer|damaged")],
+    ids=["empty", "junk", "a matrix of nothing", "cut", "another name", "cut in its compressed part"],
 )
 def test_what_cannot_be_read(content, message):
     with pytest.raises(ValueError, match=message):

@@ -53,7 +53,7 @@ def _elements(data: bytes | memoryview, order: str) -> Iterator[tuple[int, memor
 def _struct_array(data: memoryview, order: str, name: str, fields: Collection[str]) -> list[dict[str, float | str | None]] | None:
     """None if it is another matrix."""
     parts = _elements(data, order)
-    flags, dimensions, own = (next(parts)[1] for _ in range(3))
+    flags, dimensions, own = [next(parts)[1] for _ in range(3)]  # a list: in a generator, StopIteration would be a RuntimeError
     if flags[0 if order == "<" else 3] != STRUCT or bytes(own).decode("latin-1") != name:
         return None
     count = int(np.prod(np.frombuffer(dimensions, f"{order}i4"), dtype=object))
