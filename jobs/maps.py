@@ -45,7 +45,7 @@ class Mapping:
 
     @property
     def weight(self) -> float:
-        return 3.0 * (1 + self.wanted.copies)  # a map is worth some three extractions
+        return 4.0 * (1 + self.wanted.copies)  # a map is worth some four extractions, and images go through together as there
 
     def settings(self) -> dict[str, object]:
         w = self.wanted
@@ -112,7 +112,7 @@ class Maps:
 
     def cost(self, samples: int) -> str:
         copies = self.experiment.wanted.copies
-        return f"{samples:,} maps{f' of {copies + 1} images each' if copies else ''}, each about three passes forward and back"
+        return f"{samples:,} maps{f' of {copies + 1} images each' if copies else ''}, each about four passes forward and back"
 
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
         """How concentrated maps are, and which samples are on the sheet: those with the smallest seeded hashes."""

@@ -204,7 +204,7 @@ class Sanity:
                 say("sanity: the network does not run in float64, so that its maps are made in float32, and those of a shuffled network may be largely rounding")
 
     def cost(self, samples: int) -> str:
-        return f"{samples:,} misclassified samples x {AT_MOST} networks at most, the trained one and copies with ever more layers randomised = {samples * AT_MOST:,} profiles and maps, each about three passes forward and back"
+        return f"{samples:,} misclassified samples x {AT_MOST} networks at most, the trained one and copies with ever more layers randomised = {samples * AT_MOST:,} profiles and maps, each about four passes forward and back"
 
     def summarise(self, store: Store, dataset: str, reference: Reference, rows: pa.Table) -> dict:
         """Of every measure the mean over samples at every stage with bootstrap intervals, and of `other` samples; `apart`: after the last stage less another sample's, on the same

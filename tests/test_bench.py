@@ -78,5 +78,5 @@ def test_a_line_that_cannot_be_measured_is_refused(words, message):
 
 def test_a_map_is_measured_beside_plain_passes_of_the_same_images():
     rows = tiny.call("bench", "maps", "--models", "resnet20", "--rounds", "1", "--format", "json").json
-    assert [row["beside"] for row in rows] == ["forward and backward, one by one", "forward and backward, one batch"]
+    assert [row["beside"] for row in rows] == ["forward and backward, together", "forward and backward, one by one"]
     assert all(row["ratio"] == pytest.approx(row["floor"] / row["value"]) and row["ratio"] > 1 for row in rows), "a map is made of more than one pass"

@@ -14,6 +14,7 @@ from scipy import ndimage
 from pipeline.errors import BadRequest
 from pipeline.explanation.heat import display, heat
 from pipeline.explanation.input_saliency import InputSaliency, boosted
+from pipeline.saliency import products
 from pipeline.statistics import Reference
 
 ANIMALS = [animal for animal in zoo.ZOO if animal.id != "no-grad-stem"]
@@ -71,6 +72,50 @@ def test_float32_is_close_to_float64_and_the_network_is_left_alone(animal):
     assert (maps - truth).norm() <= 2e-3 * truth.norm() + 1e-6
     assert torch.equal(images, kept) and not any(p.requires_grad or p.grad is not None for p in network.parameters())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("few", [0, 1 << 30], ids=["im2col", "grouped convolution"])
+@pytest.mark.parametrize("animal", ANIMALS, ids=lambda animal: animal.id)
+@pytest.mark.parametrize("aggregation", ["abs", "signed"])
+def test_a_batch_is_its_images(animal, aggregation, few, monkeypatch):
+    """Whichever product leads back through a layer, and however many samples it takes at once."""
+    network = animal.make().double()
+    reference, (images, labels) = reference_of(network, aggregation), zoo.images(5, 4)
+    images, columns = images.double(), [np.array([row % 2]) for row in range(5)]
+    monkeypatch.setattr(products, "FEW_WEIGHTS", few)
+    monkeypatch.setattr(products, "SLICE_NUMBERS", 2 * max(p.numel() for p in network.parameters() if p.dim() == 4))
+    engine = InputSaliency(network, reference, aggregation)
+    together = engine(images, labels, columns)
+    assert bool(engine._fused) == (animal.engine == "fused"), "images go through together where the fused engine is exact"
+    for row in range(5):
+        alone = engine(images[row : row + 1], labels[row : row + 1], columns[row : row + 1])
+        for got, wanted in zip(together[:4], alone[:4]):
+            torch.testing.assert_close(got[row], wanted[0], rtol=1e-7, atol=1e-9 * float(wanted.abs().max()) + 1e-15)
+
+
+class Moody(torch.nn.Module):
+    """Uses its weight once more for bright images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Linear(3, zoo.CLASSES)
+
+    def forward(self, x):
+        y = self.conv(x).relu()
+        return self.fc((self.conv(y) if x.mean() > 5 else y).mean((2, 3)))
+
+
+def test_a_network_that_changes_its_mind_is_asked_image_by_image():
+    torch.manual_seed(0)
+    network = Moody().eval().double()
+    reference, (images, labels) = Reference(np.zeros(3), np.ones(3), 7, "abs", "test"), zoo.images(2, 4)
+    engine, columns = InputSaliency(network, reference), [np.array([0]), np.array([1])]
+    engine(images.double(), labels, columns)
+    assert engine._fused
+    bright = images.double() + 10
+    found = engine(bright, labels, columns)
+    alone = [InputSaliency(network, reference)(bright[row : row + 1], labels[row : row + 1], columns[row : row + 1]) for row in range(2)]
+    assert torch.allclose(found.maps, torch.cat([one.maps for one in alone])) and found.maps.any()
 
 
 class Single(torch.nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.saliency import fused, kernels, make_engine
+from pipeline.saliency import kernels, make_engine, products
 from tiny import surroundings
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
@@ -27,7 +27,7 @@ GEOMETRIES = {  # (B, I, H, W), (O, I / groups, k, k), stride, padding, dilation
 
 INTERPRETED = """
 import sys, torch
-from pipeline.saliency import fused, kernels, make_engine
+from pipeline.saliency import kernels, make_engine, products
 from test_kernels import GEOMETRIES, truth, case
 for name in GEOMETRIES:
     for aggregation in ("abs", "signed"):
@@ -96,7 +96,7 @@ def test_the_engine_asks_a_kernel_for_every_convolution_and_gives_what_it_gives(
     plain, asked = make_engine("fused", network, "abs")(images, labels), []
     monkeypatch.setattr(kernels, "_believed", {})
     monkeypatch.setattr(kernels, "serves", lambda input: True)
-    monkeypatch.setattr(kernels, "filter_saliency", lambda input, gradient, *geometry: asked.append(len(input)) or fused._by_products(input, gradient, *geometry))
+    monkeypatch.setattr(kernels, "filter_saliency", lambda input, gradient, *geometry: asked.append(len(input)) or products.by_products(input, gradient, *geometry))
     found = make_engine("fused", network, "abs")(images, labels)
     assert asked == [1, 3, 1, 3] and torch.equal(found.saliency, plain.saliency)
 

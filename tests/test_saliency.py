@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import saliency
 from pipeline.filters import FilterLayout
-from pipeline.saliency import check_network, choose_engine, fused, make_engine, vmap
+from pipeline.saliency import check_network, choose_engine, fused, make_engine, products, vmap
 from pipeline.saliency.loss import cross_entropy
 
 CASES = [pytest.param(animal, name, id=f"{animal.id}-{name}") for animal in zoo.ZOO for name in ("fused", "vmap") if name == "vmap" or animal.engine == "fused"]
@@ -262,8 +262,8 @@ def test_fused_never_holds_the_gradients_of_all_samples(few, monkeypatch):
     network, (images, labels) = next(a for a in zoo.ZOO if a.id == "many-weights").make(), zoo.images(48)
     weights = max(p.numel() for p in network.parameters() if p.dim() == 4)
     whole = make_engine("fused", network, "abs")(images, labels).saliency
-    monkeypatch.setattr(fused, "SLICE_NUMBERS", 3 * weights)
-    monkeypatch.setattr(fused, "FEW_WEIGHTS", few)
+    monkeypatch.setattr(products, "SLICE_NUMBERS", 3 * weights)
+    monkeypatch.setattr(products, "FEW_WEIGHTS", few)
     with Largest() as largest:
         sliced = make_engine("fused", network, "abs")(images, labels).saliency
     torch.testing.assert_close(sliced, whole, rtol=1e-4, atol=1e-6 * float(whole.max()))

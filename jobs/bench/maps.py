@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,7 @@ FILTERS = 10  # boosted
 
 
 def bench_maps(names: list[str], device: str | None, rounds: int) -> list[Measure]:
-    """Images a second of maps, one image at a time, beside plain passes of the same images one at a time and as one batch. Raises BadRequest."""
+    """Images a second of maps of a batch and of one image at a time, beside plain passes of the same images in the same way. Raises BadRequest."""
     if rounds < 1:
         raise BadRequest(f"--rounds: {rounds} is less than 1")
     device = cluster.device_for(device, None)
@@ -35,13 +36,20 @@ def bench_maps(names: list[str], device: str | None, rounds: int) -> list[Measur
         engine = InputSaliency(network, Reference(np.zeros(layout.total), np.ones(layout.total), 2, "abs", "bench"))
         columns = [np.arange(FILTERS)] * len(images)
         network.requires_grad_(True)
-        seconds = medians({"maps": partial(engine, images, labels, columns), "one by one": partial(_one_by_one, network, images, labels), "one batch": partial(step, network, images, labels)}, rounds)
+        ways = {"together": _together, "one by one": _one_by_one}
+        jobs = {(way, what): partial(ways[way], *job) for way in ways for what, job in {"maps": (engine, images, labels, columns), "step": (partial(step, network), images, labels)}.items()}
+        seconds = medians({f"{what} {way}": job for (way, what), job in jobs.items()}, rounds)
         rate = {key: len(images) / value for key, value in seconds.items()}
-        for floor in ("one by one", "one batch"):
-            found.append(Measure(f"{name}: maps of {len(images)} images", rate["maps"], "images/s", f"forward and backward, {floor}", rate[floor], rate[floor] / rate["maps"]))
+        for way in ways:
+            maps, floor = rate[f"maps {way}"], rate[f"step {way}"]
+            found.append(Measure(f"{name}: maps of {len(images)} images {way}", maps, "images/s", f"forward and backward, {way}", floor, floor / maps))
     return found
 
 
-def _one_by_one(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    for image, label in zip(images, labels):
-        step(network, image[None], label[None])
+def _together(call: Callable[..., object], *parts: Sequence) -> None:
+    call(*parts)
+
+
+def _one_by_one(call: Callable[..., object], *parts: Sequence) -> None:
+    for row in range(len(parts[0])):
+        call(*(part[row : row + 1] for part in parts))

@@ -5,8 +5,9 @@ The profile ŝ(x) of an image is boosted at a few filters F, s'_F = ŝ with the 
 
     M_F = |d/dx D_cos(ŝ(x), s'_F)|        (eq. 4)
 
-ŝ(x) is itself made of gradients, so that this is a second derivative. It is exact: autograd differentiates the backward pass, an image at a time, and whatever a
-network does that autograd can differentiate twice is right. Where the gradient of a weight is 0, |.| has no derivative, and contributes 0.
+ŝ(x) is itself made of gradients, so that this is a second derivative. It is exact: autograd differentiates the backward pass. Images of a batch go through together
+where the fused engine has no objection to the network (`pipeline.saliency.fused`), and one at a time where it has: whatever a network does that autograd can
+differentiate twice is then right. Where the gradient of a weight is 0, |.| has no derivative, and contributes 0.
 
 The nearer ŝ(x) is to its target, the less of a number's digits tell them apart: where one filter outweighs all others and F holds it, D_cos is near 0 and a map in
 float32 is off by about 1e-7 / D_cos of its peak. Below `NEAR` an image is therefore done again in float64.
@@ -22,6 +23,7 @@ import torch
 
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
+from pipeline.saliency.fused import FusedEngine, Objection, objection
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
 from pipeline.saliency.vmap import reduce_filters
@@ -54,6 +56,7 @@ class InputSaliency:
         if reference.aggregation != aggregation:
             raise ValueError(f"the reference was aggregated as '{reference.aggregation}', not '{aggregation}'")
         self.network, self.reference, self.aggregation = network, reference, aggregation
+        self._fused: FusedEngine | None | bool = False  # once it is needed; None for a network to which it has an objection
         self._twin: InputSaliency | None | bool = False  # of the network in float64, once it is needed; None where there is none
         self.weights = [p for p in network.parameters() if p.dim() == 4]
         if FilterLayout.of(network).total != len(reference.mean):
@@ -67,8 +70,18 @@ class InputSaliency:
 
         Raises BadRequest for a network that keeps gradients from its input.
         """
-        each = [self._with_care(image[None], label[None], columns, boost) for image, label, columns in zip(images, labels, filters, strict=True)]
-        return Explained(*(torch.cat(part) for part in zip(*each)))
+        if len(images) != len(filters):
+            raise ValueError(f"{len(filters)} sets of filters for {len(images)} images")
+        found = self._maps(images.detach(), labels, filters, boost)
+        near = found[2].abs() < NEAR if images.dtype != torch.float64 else torch.zeros_like(labels, dtype=torch.bool)
+        if near.any() and self._twin is False:
+            double = in_float64(self.network, images[:1])
+            self._twin = double and InputSaliency(double, self.reference, self.aggregation)
+        if near.any() and self._twin:
+            better = self._twin._maps(images[near].detach().double(), labels[near], [columns for columns, one in zip(filters, near) if one], boost)
+            for part, rows in zip(found, better):
+                part[near] = rows.to(part.dtype)
+        return Explained(*found, near & (not self._twin))
 
     def smooth(self, images: torch.Tensor, labels: torch.Tensor, filters: list[np.ndarray], boost: float, draws: int, share: float, seed: int) -> Explained:
         """The same with maps averaged over `draws` noisy copies, (1 - share) x + share n, n standard normal, drawn for (seed, draw) alone; each copy has a target of its own."""
@@ -84,28 +97,34 @@ class InputSaliency:
         """ŝ [B, F] of images, an image at a time, without any second derivative."""
         return torch.cat([self._profile(image[None], label[None], twice=False)[0].detach()[None] for image, label in zip(images, labels)])
 
-    def _with_care(self, image: torch.Tensor, label: torch.Tensor, columns: np.ndarray, boost: float) -> tuple[torch.Tensor, ...]:
-        """`_one`, in float64 where the distance asks for it; then whether the map is coarse, bool [1]."""
-        found = self._one(image, label, columns, boost)
-        near = image.dtype != torch.float64 and bool(found[2].abs() < NEAR)
-        if near and self._twin is False:
-            double = in_float64(self.network, image)
-            self._twin = double and InputSaliency(double, self.reference, self.aggregation)
-        if near and self._twin:
-            found = tuple(part.to(image.dtype) for part in self._twin._one(image.double(), label, columns, boost))
-        return (*found, torch.tensor([near and not self._twin], device=image.device))
+    def _maps(self, images: torch.Tensor, labels: torch.Tensor, filters: list[np.ndarray], boost: float) -> tuple[torch.Tensor, ...]:
+        """The first four of `Explained`, in the images' own precision."""
+        if len(images) > 1 and self._fused is False:
+            self._fused = None if objection(self.network, images[:2]) else FusedEngine(self.network, FilterLayout.of(self.network), self.aggregation)
+        if len(images) > 1 and self._fused:
+            try:
+                return self._together(images, labels, filters, boost)
+            except Objection:  # the network does something else with these images than with the first
+                self._fused = None
+        each = [self._together(images[row : row + 1], labels[row : row + 1], filters[row : row + 1], boost) for row in range(len(images))]
+        return tuple(torch.cat(part) for part in zip(*each))
 
-    def _one(self, image: torch.Tensor, label: torch.Tensor, columns: np.ndarray, boost: float) -> tuple[torch.Tensor, ...]:
-        image = image.detach().requires_grad_()
-        profile, logits = self._profile(image, label, twice=True)
-        target = boosted(profile.detach(), columns, boost)
-        distance = 1 - torch.nn.functional.cosine_similarity(profile, target, 0, eps=0)
-        gradient = torch.autograd.grad(distance, image, allow_unused=True)[0]
-        if gradient is None:
+    def _together(self, images: torch.Tensor, labels: torch.Tensor, filters: list[np.ndarray], boost: float) -> tuple[torch.Tensor, ...]:
+        """The same of images that go through at once: one by autograd alone, more by the fused engine."""
+        images = images.clone().requires_grad_()
+        if len(images) > 1:
+            saliency, logits = self._fused.twice(images, labels)
+            profiles = (saliency - self.mean) * self.scale
+        else:
+            profile, logits = self._profile(images, labels, twice=True)
+            profiles = profile[None]
+        targets = torch.stack([boosted(profile, columns, boost) for profile, columns in zip(profiles.detach(), filters)])
+        distances = 1 - torch.nn.functional.cosine_similarity(profiles, targets, 1, eps=0)
+        gradients = torch.autograd.grad(distances.sum(), images, allow_unused=True)[0]
+        if gradients is None:
             raise BadRequest("the network keeps gradients from its input (torch.no_grad or detach inside): which pixels matter cannot be asked of it")
-        if not target.any():
-            gradient = torch.zeros_like(image)
-        return gradient.detach().abs(), profile.detach()[None], distance.detach()[None], logits.detach()
+        gradients = torch.where(targets.any(1)[:, None, None, None], gradients, 0.0)
+        return gradients.detach().abs(), profiles.detach(), distances.detach(), logits.detach()
 
     def _profile(self, image: torch.Tensor, label: torch.Tensor, twice: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """ŝ [F] of one image, differentiable by it if `twice`; its logits [1, C]."""

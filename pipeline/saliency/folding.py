@@ -115,7 +115,7 @@ def _fold(weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm) -> Fold:
     exact = lambda t, default: torch.full_like(norm.mean, default, dtype=torch.float64) if t is None else t.detach().double()  # noqa: E731
     a = exact(norm.gamma, 1.0) / (norm.variance.double() + norm.eps).sqrt()
     shift = exact(norm.beta, 0.0) + a * (exact(bias, 0.0) - norm.mean.double())
-    return Fold((weight.detach().double() * a[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype), a.abs().float(), norm.mean)
+    return Fold((weight.detach().double() * a[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype), a.abs().to(torch.promote_types(weight.dtype, torch.float32)), norm.mean)
 
 
 def looks_only(func) -> bool:

@@ -7,9 +7,8 @@ per-sample weight gradients. Memory is that of an ordinary training step.
 A BatchNorm that alone follows a convolution is folded into it (`folding.py`), which spares its passes over memory; a network that then
 does something else with the convolution's output than it did at first is refused, never answered wrongly.
 
-On a CPU two per-sample products are used, both exact, chosen by shape alone (so that bits do not depend on the machine's load):
-one grouped convolution with a group for every sample where weights are few, and im2col with one matrix product a sample
-where they are many. On a GPU one kernel a layer does it all (`kernels.py`), where it has shown to agree with these.
+What turns a layer's two into filter saliency is in `products.py`. It can be differentiated once more, and so can all else here: with `twice`,
+s̄ is a function of the images that autograd knows, at the price of a second batched backward pass.
 """
 
 from __future__ import annotations
@@ -22,15 +21,17 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from pipeline.filters import FilterLayout
-from pipeline.saliency import Saliency, kernels
+from pipeline.saliency import Saliency
 from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Fold, Norm, folds, leaves, looks_only
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
-from pipeline.saliency.vmap import reduce_filters
+from pipeline.saliency.products import filter_saliency
 
-SLICE_NUMBERS = 2**24  # per-sample gradient numbers held at once: 64 MiB in float32
-FEW_WEIGHTS = 2**16  # up to here a grouped convolution beats im2col on a CPU
 TOLERANCE = 1e-3  # relative, between one image's s̄ here and by autograd
+
+
+class Objection(RuntimeError):
+    """The network does what this engine would not be exact for."""
 
 
 class FusedEngine:
@@ -43,13 +44,11 @@ class FusedEngine:
         self.folds: dict[int, Fold] | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
-        """Raises RuntimeError if a weight is used in a way that this engine does not see (never returns a partial answer).
+        """Raises Objection if a weight is used in a way that this engine does not see (never returns a partial answer).
 
         BatchNorms are folded at the first call; weights must not change after it.
         """
-        if self.folds is None and len(images):
-            self.folds = folds(self.network, self.weights, images[:1])
-        sink = _Sink(self.names, self.weights, self.folds or {}, len(images), self.aggregation, images.device)
+        sink = self._sink(images)
         with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
             logits = self.network(images.detach()).float()
             sink.close()
@@ -59,6 +58,22 @@ class FusedEngine:
                 sink.refuse()  # the backward pass may run parts of the network again
         return Saliency(torch.cat(sink.parts, 1), logits.detach())
 
+    def twice(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
+        """The same as functions of the images, which ask for a gradient: autograd can differentiate both once. s̄ and logits are of the images' dtype. Raises as above."""
+        sink = self._sink(images)
+        with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
+            logits = self.network(images.clone())  # which it may change in place
+            sink.close()
+            sink.refuse()
+            torch.autograd.grad(cross_entropy(logits, labels).sum(), [images, *sink.frozen], create_graph=True, allow_unused=True)
+            sink.refuse()
+        return Saliency(torch.cat(sink.parts, 1), logits)
+
+    def _sink(self, images: torch.Tensor) -> _Sink:
+        if self.folds is None and len(images):
+            self.folds = folds(self.network, self.weights, images[:1].detach())
+        return _Sink(self.names, self.weights, self.folds or {}, images, self.aggregation)
+
 
 class _Sink(TorchFunctionMode):
     """Watches every torch function that a network calls, and takes over its convolutions.
@@ -67,13 +82,15 @@ class _Sink(TorchFunctionMode):
     not depend on it); strange: uses of a 4-D weight that are not one plain convolution.
     """
 
-    def __init__(self, names: list[str], weights: list[torch.nn.Parameter], folds: dict[int, Fold], batch: int, aggregation: str, device: torch.device):
+    def __init__(self, names: list[str], weights: list[torch.nn.Parameter], folds: dict[int, Fold], images: torch.Tensor, aggregation: str):
         super().__init__()
         self.names, self.layer = names, {id(w): i for i, w in enumerate(weights)}
         self.folds = folds
         self.awaited: dict[int, tuple[int, torch.Tensor]] = {}  # id of a folded convolution's output -> (layer, it), until its BatchNorm comes
-        self.parts = [torch.zeros(batch, w.shape[0], device=device) for w in weights]
-        self.batch, self.aggregation, self.calls, self.strange = batch, aggregation, {}, []
+        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+        self.parts = [torch.zeros(len(images), w.shape[0], device=images.device, dtype=wide) for w in weights]
+        self.frozen: list[torch.Tensor] = []  # the weights that convolutions were computed with
+        self.batch, self.aggregation, self.calls, self.strange = len(images), aggregation, {}, []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -104,9 +121,9 @@ class _Sink(TorchFunctionMode):
         self.strange += [f"the convolution {self.names[layer]} is not followed by its BatchNorm, as it was at first" for layer, _ in self.awaited.values()]
 
     def refuse(self) -> None:
-        """Raises RuntimeError if a 4-D weight was used in another way than in one plain convolution."""
+        """Raises Objection if a 4-D weight was used in another way than in one plain convolution."""
         if self.strange:
-            raise RuntimeError(f"the fused engine is not exact here: {self.strange[0]}; use --engine vmap")
+            raise Objection(f"the fused engine is not exact here: {self.strange[0]}; use --engine vmap")
 
     def _convolve(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         layer = self.layer.get(id(weight))
@@ -123,8 +140,8 @@ class _Sink(TorchFunctionMode):
         fold = self.folds.get(layer)
         if fold:
             weight, bias = fold.weight, fold.bias
-        frozen = weight.detach().requires_grad_(True)  # makes the output part of the graph; its own gradient is never asked for
-        output = _Convolution.apply(input, frozen, bias, stride, _pair(padding), dilation, groups, self, layer)
+        self.frozen.append(weight.detach().requires_grad_(True))  # makes the output part of the graph; its own gradient is never computed
+        output = _Convolution.apply(input, self.frozen[-1], bias, stride, _pair(padding), dilation, groups, self, layer)
         if fold:
             self.awaited[id(output)] = layer, output
         return output
@@ -154,48 +171,6 @@ class _Convolution(torch.autograd.Function):
             same = (t.to(gradient.dtype) for t in (input, weight))
             below = torch.ops.aten.convolution_backward(gradient, *same, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))[0].to(input.dtype)
         return below, *(None,) * 8
-
-
-def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, aggregation) -> torch.Tensor:
-    """s̄ of one convolution for every sample, float32 [B, O].
-
-    input: [B, I, H, W], what the layer saw; gradient: [B, O, H', W'], dL/d(output); shape: of the weight, (O, I / groups, k, k).
-    """
-    geometry = (shape, stride, padding, dilation, groups, aggregation)
-    if kernels.serves(input) and kernels.agrees(kernels.filter_saliency, _by_products, input, gradient, *geometry):
-        return kernels.filter_saliency(input, gradient, *geometry)
-    return _by_products(input, gradient, *geometry)
-
-
-def _by_products(input, gradient, shape, stride, padding, dilation, groups, aggregation) -> torch.Tensor:
-    """The same by torch's own products, a slice of samples at a time."""
-    batch, out_channels = gradient.shape[:2]
-    per_sample = shape.numel()
-    step = max(1, SLICE_NUMBERS // per_sample)
-    product = _by_grouped_convolution if per_sample <= FEW_WEIGHTS or groups > 1 else _by_im2col
-    if product is _by_im2col and not input.is_cuda:
-        step = 1  # one sample's im2col stays in cache
-    parts = [reduce_filters(product(input[i : i + step], gradient[i : i + step], shape, stride, padding, dilation, groups).float(), aggregation) for i in range(0, batch, step)]
-    return torch.cat(parts) if parts else gradient.new_zeros(0, out_channels)
-
-
-def _by_grouped_convolution(input, gradient, shape, stride, padding, dilation, groups) -> torch.Tensor:
-    """Per-sample weight gradients [b, O, I / groups, k, k]: samples become groups of one image of b * I channels."""
-    b = len(input)
-    weight = input.new_empty((b * shape[0], *shape[1:]))
-    wide = [t.reshape(1, b * t.shape[1], *t.shape[2:]) for t in (gradient, input)]
-    out = torch.ops.aten.convolution_backward(*wide, weight, None, stride, padding, dilation, False, (0, 0), b * groups, (False, True, False))[1]
-    return out.view(b, *shape)
-
-
-def _by_im2col(input, gradient, shape, stride, padding, dilation, groups) -> torch.Tensor:
-    """Per-sample weight gradients [b, O, I * k * k] of an ungrouped convolution: dL/d(output) times the unfolded input."""
-    kernel = tuple(shape[2:])
-    if kernel == (1, 1) and stride == (1, 1) and padding == (0, 0):
-        columns = input.flatten(2)
-    else:
-        columns = F.unfold(input, kernel, dilation, padding, stride)
-    return torch.bmm(gradient.flatten(2), columns.transpose(1, 2))
 
 
 def objection(network: torch.nn.Module, images: torch.Tensor) -> str | None:
