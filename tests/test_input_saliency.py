@@ -74,16 +74,15 @@ def test_float32_is_close_to_float64_and_the_network_is_left_alone(animal):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("few", [0, 1 << 30], ids=["im2col", "grouped convolution"])
+@pytest.mark.parametrize("matrices", [True, False], ids=["im2col", "grouped convolution"])
 @pytest.mark.parametrize("animal", ANIMALS, ids=lambda animal: animal.id)
 @pytest.mark.parametrize("aggregation", ["abs", "signed"])
-def test_a_batch_is_its_images(animal, aggregation, few, monkeypatch):
+def test_a_batch_is_its_images(animal, aggregation, matrices, monkeypatch):
     """Whichever product leads back through a layer, and however many samples it takes at once."""
     network = animal.make().double()
     reference, (images, labels) = reference_of(network, aggregation), zoo.images(5, 4)
     images, columns = images.double(), [np.array([row % 2]) for row in range(5)]
-    monkeypatch.setattr(products, "FEW_WEIGHTS", few)
-    monkeypatch.setattr(products, "SLICE_NUMBERS", 2 * max(p.numel() for p in network.parameters() if p.dim() == 4))
+    monkeypatch.setattr(products, "_way", lambda input, gradient, geometry: (matrices and geometry[-1] == 1, [slice(at, at + 2) for at in range(0, len(input), 2)]))
     engine = InputSaliency(network, reference, aggregation)
     together = engine(images, labels, columns)
     assert bool(engine._fused) == (animal.engine == "fused"), "images go through together where the fused engine is exact"

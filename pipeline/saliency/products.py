@@ -1,8 +1,8 @@
 """Filter saliency of one convolution for every sample, from what the layer saw and the gradient of what it gave.
 
-On a CPU two per-sample products are used, both exact, chosen by shape alone (so that bits do not depend on the machine's load):
-one grouped convolution with a group for every sample where weights are few, and im2col with one matrix product a sample
-where they are many. On a GPU one kernel a layer does it all (`kernels.py`), where it has shown to agree with these.
+On a CPU two products are used, both exact, chosen by shape alone (`_way`; bits do not depend on the machine's load): the convolution's own weight gradient, a few
+samples at a time as groups of one wide image, and matrix products, of 1 x 1 kernels and where few positions meet many weights, by im2col. What they give is never more than
+fits the caches, and is reduced where it lies. On a GPU one kernel a layer does it all (`kernels.py`), where it has shown to agree with these.
 
 For input saliency s̄ is differentiated by both of its arguments. With g the per-sample weight gradients, one filter's s̄ is mean |g|, whose derivative by g is
 sign(g) / n: the signs alone are kept, a byte each, and the same two products lead back from them.
@@ -10,14 +10,20 @@ sign(g) / n: the signs alone are kept, a byte each, and the same two products le
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
 from pipeline.saliency import kernels
-from pipeline.saliency.vmap import reduce_filters
 
-SLICE_NUMBERS = 2**24  # per-sample gradient numbers held at once: 64 MiB in float32
-FEW_WEIGHTS = 2**16  # up to here a grouped convolution beats im2col on a CPU
+GRADIENTS = 2**20  # per-sample gradient numbers held at once on a CPU: 4 MiB in float32
+MAPS = 2**19  # numbers of the maps that one wide image is made of there
+MANY_WEIGHTS = 2**18  # above it, im2col beats the convolution's own gradient on a CPU where there are fewer positions than
+FEW_POSITIONS = 196
+FEW_CHANNELS = 16  # below it, a wide image of several samples is slow on a CPU
+SLICE_NUMBERS = 2**24  # per-sample gradient numbers held at once on a GPU: 64 MiB in float32
+FEW_WEIGHTS = 2**16  # up to here the convolution's own gradient is taken there
 
 
 def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, aggregation) -> torch.Tensor:
@@ -35,8 +41,7 @@ def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, a
 
 def by_products(input, gradient, shape, stride, padding, dilation, groups, aggregation) -> torch.Tensor:
     """The same by torch's own products, a slice of samples at a time."""
-    geometry = (shape, stride, padding, dilation, groups)
-    parts = [reduce_filters(_weight_gradients(input[at], gradient[at], *geometry), aggregation) for at in _slices(input, geometry)]
+    parts = [_reduced(found, aggregation) for _, found in _weight_gradients(input, gradient, (shape, stride, padding, dilation, groups))]
     return torch.cat(parts) if parts else gradient.new_zeros(gradient.shape[:2])
 
 
@@ -46,10 +51,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, gradient, geometry, aggregation):
         parts, signs = [gradient.new_zeros(0, gradient.shape[1])], []
-        for at in _slices(input, geometry):
-            found = _weight_gradients(input[at], gradient[at], *geometry)
-            parts.append(reduce_filters(found, aggregation))
-            signs.append((found if aggregation == "abs" else found.mean((2, 3, 4), keepdim=True)).sign().to(torch.int8))
+        for _, found in _weight_gradients(input, gradient, geometry):
+            signs.append((found if aggregation == "abs" else found.mean(2, keepdim=True)).sign().to(torch.int8))
+            parts.append(_reduced(found, aggregation))
         ctx.save_for_backward(input, gradient, *signs)
         ctx.geometry = geometry
         return torch.cat(parts)
@@ -60,48 +64,66 @@ class _Differentiable(torch.autograd.Function):
         input, gradient, *signs = ctx.saved_tensors
         weights = ctx.geometry[0][1:].numel()
         below = [torch.empty_like(input), torch.empty_like(gradient)]
-        for at, sign in zip(_slices(input, ctx.geometry), signs):
-            weight = (sign * (above[at] / weights)[..., None, None, None]).to(input.dtype).expand(-1, *ctx.geometry[0])
-            below[0][at], below[1][at] = _products_of(weight, input[at], gradient[at], *ctx.geometry)
+        matrices, slices = _way(input, gradient, ctx.geometry)
+        for at, sign in zip(slices, signs):
+            weight = (sign * (above[at] / weights)[..., None]).to(input.dtype).expand(-1, -1, weights)
+            below[0][at], below[1][at] = _products_of(weight, input[at], gradient[at], ctx.geometry, matrices)
         return *below, None, None
 
 
-def _slices(input, geometry) -> list[slice]:
-    """Samples that are done at once."""
-    per_sample = geometry[0].numel()
-    step = max(1, SLICE_NUMBERS // per_sample)
-    if _many(geometry[0], geometry[-1]) and not input.is_cuda:
-        step = 1  # one sample's im2col stays in cache
-    return [slice(start, start + step) for start in range(0, len(input), step)]
+def _way(input, gradient, geometry) -> tuple[bool, list[slice]]:
+    """(whether by matrix products, samples that are done at once)."""
+    shape, stride, padding, _, groups = geometry
+    weights, matrices = shape.numel(), False
+    if input.is_cuda:
+        matrices, step = groups == 1 and weights > FEW_WEIGHTS, SLICE_NUMBERS // weights
+    elif groups == 1 and _pointwise(geometry):
+        matrices, step = True, GRADIENTS // weights
+    elif groups == 1 and weights > MANY_WEIGHTS and gradient[0, 0].numel() < FEW_POSITIONS:
+        matrices, step = True, 1
+    elif groups == 1 and shape[1] < FEW_CHANNELS:
+        step = 1
+    else:
+        step = min(GRADIENTS // weights, MAPS // max(1, input[0].numel()))
+    return matrices, [slice(start, start + max(1, step)) for start in range(0, len(input), max(1, step))]
 
 
-def _many(shape, groups) -> bool:
-    """Whether im2col is the product that serves."""
-    return shape.numel() > FEW_WEIGHTS and groups == 1
+def _weight_gradients(input, gradient, geometry) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(samples, their weight gradients [b, O, I / groups * k * k], float32 or float64), slice after slice; what is given may be changed, and is gone with the next."""
+    if not len(input):
+        return
+    shape, stride, padding, dilation, groups = geometry
+    matrices, slices = _way(input, gradient, geometry)
+    out = columns = None
+    for at in slices:
+        saw, gave = input[at], gradient[at]
+        if matrices:
+            out = gave.new_empty(len(saw), shape[0], shape[1:].numel()) if out is None else out[: len(saw)]
+            columns = _columns(saw, gave, geometry, columns)
+            found = torch.bmm(gave.flatten(2), columns.transpose(1, 2), out=out)
+        else:  # samples become groups of one image of b * I channels
+            weight = saw.new_empty((len(saw) * shape[0], *shape[1:]))
+            found = torch.ops.aten.convolution_backward(_wide(gave), _wide(saw), weight, None, stride, padding, dilation, False, (0, 0), len(saw) * groups, (False, True, False))[1]
+            found = found.view(len(saw), shape[0], -1)
+        yield at, found if found.dtype == torch.float64 else found.float()
 
 
-def _weight_gradients(input, gradient, shape, stride, padding, dilation, groups) -> torch.Tensor:
-    """Per-sample weight gradients [b, O, I / groups, k, k], float32 or float64."""
-    b = len(input)
-    if _many(shape, groups):
-        found = torch.bmm(gradient.flatten(2), _columns(input, shape, stride, padding, dilation).transpose(1, 2))
-    else:  # samples become groups of one image of b * I channels
-        weight = input.new_empty((b * shape[0], *shape[1:]))
-        found = torch.ops.aten.convolution_backward(_wide(gradient), _wide(input), weight, None, stride, padding, dilation, False, (0, 0), b * groups, (False, True, False))[1]
-    return (found if found.dtype == torch.float64 else found.float()).view(b, *shape)
+def _reduced(found, aggregation) -> torch.Tensor:
+    """Weight gradients [b, O, n] of one's own -> [b, O]: mean |g| over a filter's weights (`abs`), or |mean g| (`signed`)."""
+    return found.abs_().mean(2) if aggregation == "abs" else found.mean(2).abs_()
 
 
-def _products_of(weight, input, gradient, shape, stride, padding, dilation, groups) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `_weight_gradients`, weighed by `weight` [b, O, I / groups, k, k] and summed, has as its derivatives by input and gradient."""
-    b = len(input)
-    if _many(shape, groups):
-        columns, flat = _columns(input, shape, stride, padding, dilation), weight.flatten(2)
-        to_columns = torch.bmm(flat.transpose(1, 2), gradient.flatten(2))
-        whole = to_columns.view_as(input) if _pointwise(shape, stride, padding) else F.fold(to_columns, input.shape[2:], shape[2:], dilation, padding, stride)
-        return whole, torch.bmm(flat, columns).view_as(gradient)
-    wide = weight.reshape(b * shape[0], *shape[1:])
-    to_input = torch.ops.aten.convolution_backward(_wide(gradient), _wide(input), wide, None, stride, padding, dilation, False, (0, 0), b * groups, (True, False, False))[0]
-    return to_input.view_as(input), F.conv2d(_wide(input), wide, None, stride, padding, dilation, b * groups).view_as(gradient)
+def _products_of(weight, input, gradient, geometry, matrices) -> tuple[torch.Tensor, torch.Tensor]:
+    """The derivatives by input and gradient of the sum of their weight gradients times `weight` [b, O, I / groups * k * k]."""
+    shape, stride, padding, dilation, groups = geometry
+    if matrices:
+        columns = _columns(input, gradient, geometry)
+        back = torch.bmm(weight.transpose(1, 2), gradient.flatten(2))
+        whole = back.view_as(input) if _pointwise(geometry) else F.fold(back, input.shape[2:], shape[2:], dilation, padding, stride)
+        return whole, torch.bmm(weight, columns).view_as(gradient)
+    wide, groups = weight.reshape(-1, *shape[1:]), len(input) * groups
+    back = torch.ops.aten.convolution_backward(_wide(gradient), _wide(input), wide, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))[0]
+    return back.view_as(input), F.conv2d(_wide(input), wide, None, stride, padding, dilation, groups).view_as(gradient)
 
 
 def _wide(maps) -> torch.Tensor:
@@ -109,10 +131,16 @@ def _wide(maps) -> torch.Tensor:
     return maps.reshape(1, -1, *maps.shape[2:])
 
 
-def _columns(input, shape, stride, padding, dilation) -> torch.Tensor:
-    """im2col: [b, I * k * k, positions]."""
-    return input.flatten(2) if _pointwise(shape, stride, padding) else F.unfold(input, shape[2:], dilation, padding, stride)
+def _columns(input, gradient, geometry, out=None) -> torch.Tensor:
+    """im2col, [b, I * k * k, positions]; into `out` if there is one, of as many samples or more."""
+    shape, stride, padding, dilation, _ = geometry
+    if _pointwise(geometry):
+        return input.flatten(2)
+    if out is None:
+        out = input.new_empty(len(input), shape[1:].numel(), gradient[0, 0].numel())
+    return torch.ops.aten.im2col.out(input, shape[2:], dilation, padding, stride, out=out[: len(input)])
 
 
-def _pointwise(shape, stride, padding) -> bool:
+def _pointwise(geometry) -> bool:
+    shape, stride, padding = geometry[:3]
     return tuple(shape[2:]) == (1, 1) and stride == (1, 1) and padding == (0, 0)
