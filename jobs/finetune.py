@@ -316,7 +316,7 @@ def _within(summary: dict) -> str:
     """What is repaired at equal damage, where there are several rates."""
     best = {b["strategy"]: b for b in summary.get("bargains", ()) if b["budget"] == BUDGET}
     if missing := [STRATEGIES[s] for s in ("salient", "all") if s not in best]:
-        return f"; no step of {' and none of '.join(missing)} breaks {BUDGET:g} or less, so that they are not compared at equal damage: try smaller --rates" if len(summary["rates"]) > 1 else ""
+        return f"; no step of the {' and none of the '.join(missing)} breaks {BUDGET:g} or less, so that they are not compared at equal damage: try smaller --rates" if len(summary["rates"]) > 1 else ""
     few, whole = best["salient"], best["all"]
     return (
         f"; breaking no more than {BUDGET:g}, the most salient {few['k']} at rate {few['rate']:g} repair {Interval(**few['neighbors_corrected']).text(3)}, the whole network at rate {whole['rate']:g} "

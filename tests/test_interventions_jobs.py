@@ -290,7 +290,7 @@ def test_a_step_that_may_do_no_better_is_said_to_be_unclear():
     assert "equal damage" not in text, "there is one rate"
     best = {"budget": 0.05, "strategy": "salient", "k": 20, "rate": 0.5} | {c: {"estimate": 0.5, "low": 0.1, "high": 0.9, "n": 60} for c in ("neighbors_corrected", "broken")}
     text = finetune.found(summary | {"rates": [0.5, 5.0], "bargains": [best]})
-    assert "; no step of whole network breaks 0.05 or less, so that they are not compared at equal damage: try smaller --rates" in text
+    assert "; no step of the whole network breaks 0.05 or less, so that they are not compared at equal damage: try smaller --rates" in text
 
 
 def test_a_source_without_errors_is_refused_by_its_own_option(copied):
