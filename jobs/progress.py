@@ -20,6 +20,11 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
+def last_words(text: str) -> None:
+    """As `say`, where the process ends at once, whatever bar is being drawn: below it, and with the cursor that a bar hides."""
+    say(f"\n\x1b[?25h{text}" if sys.stderr.isatty() else text)
+
+
 class ProgressBar:
     """`with ProgressBar("val", 8000, done=256) as bar: bar.advance(256)`. `done` samples were there before and count for no rate."""
 
