@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from pipeline.errors import printable
 
@@ -22,7 +23,8 @@ def say(text: str) -> None:
 
 def last_words(text: str) -> None:
     """As `say`, where the process ends at once, whatever bar is being drawn: below it, and with the cursor that a bar hides."""
-    say(f"\n\x1b[?25h{text}" if sys.stderr.isatty() else text)
+    with suppress(OSError):
+        print(("\n\x1b[?25h" if sys.__stderr__.isatty() else "") + text, file=sys.__stderr__, flush=True)  # a bar has put itself in the place of sys.stderr
 
 
 class ProgressBar:
