@@ -118,8 +118,11 @@ def index(
         raise BadRequest(f"--name: '{printable(name)}' cannot name a folder; use letters, digits, '.', '_' and '-'")
     if not chosen:
         raise BadRequest(f"{printable(run)} has no data set yet: faultline extract makes one")
-    built = build(store, chosen, reference or ("val" if "val" in known else chosen[0]), subset, name or subset, stages())
+    reference = reference or ("val" if "val" in known else chosen[0])
+    built = build(store, chosen, reference, subset, name or subset, stages())
     say(f"{printable(built.folder)}: {sum(built.rows.values()):,} vectors ({', '.join(f'{d} {n:,}' for d, n in built.rows.items())}); {built.dead:,} filters are dead and count 0")
+    if built.dead == store.manifest().layers.total:
+        say(f"no filter tells the samples of {printable(reference)} apart, so that every similarity is 0: are these the network's weights, or are there too few samples?")
 
 
 @statistics_app.command("import")

@@ -17,14 +17,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
-from jobs.progress import say
+from jobs.progress import last_words, say
 from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.units import Unit
 from pipeline.worker import Receipt
@@ -149,6 +149,7 @@ def _start(address: str | None):
         log.removeHandler(handler)  # the terminal; its file in Ray's session folder stays
     if not ray.is_initialized():
         _join(ray, address or os.environ["RAY_ADDRESS"]) if joins(address) else _start_here(ray)
+        _watch(ray)
     return ray
 
 
@@ -177,6 +178,26 @@ def _start_here(ray) -> None:
             if not left:
                 raise Stopped(f"Ray did not start on this machine ({_reason(fault)}): it may be too busy, or short of memory\nthe same command goes on") from None
             say(f"Ray did not start ({_reason(fault)}); trying again")
+
+
+def _watch(ray) -> None:
+    """From now on, where the raylet beside this process ends while it is needed, this process says so and ends with exit code 4: what is committed stays.
+
+    Ray's core would end it too, from within, with exit code 1 and no word, but seconds later, when it next has something to write to the object store, which lives in the raylet.
+    """
+    node = ray._private.worker.global_worker.node
+    if node is None:
+        return  # a client of a cluster elsewhere has no raylet beside it
+
+    def wait() -> None:
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as line:
+            line.connect(node.plasma_store_socket_name)
+            line.recv(1)  # nothing is ever said here: it returns when the other end is gone
+        if ray.is_initialized() and not broken:
+            last_words("faultline: Ray's server on this machine (its raylet) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes")
+            os._exit(Stopped.exit_code)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def leave(code: int) -> None:

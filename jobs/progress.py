@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from pipeline.errors import printable
 
@@ -18,6 +19,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def last_words(text: str) -> None:
+    """As `say`, where the process ends at once, whatever bar is being drawn: below it, and with the cursor that a bar hides."""
+    with suppress(OSError):
+        print(("\n\x1b[?25h" if sys.__stderr__.isatty() else "") + text, file=sys.__stderr__, flush=True)  # a bar has put itself in the place of sys.stderr
 
 
 class ProgressBar:

@@ -133,7 +133,9 @@ def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, 
         bool((order[known] == labels[known]).all()) if known.any() else None,
     )  # fmt: skip
     _look_at_samples(found, seen, labels, classes)
+    silent = _silence(seen, as_is)
     if len(right) < FEW:
+        found.faults.extend(silent)
         found.warnings.append(f"only {len(right)} samples could be looked at: nothing is said about top-1")
         return found
     if len(set(labels.tolist())) >= min(KINDS, classes):
@@ -146,6 +148,9 @@ def examine(network: torch.nn.Module, preprocessing: Preprocessing, seen: Look, 
                 if not failures:  # what a network refuses is not what it wants
                     tried.append((mistake, answer.argmax(1).numpy() == labels, float(answer.softmax(1).amax(1).mean())))
             found = _explained(found, right, tried)
+    if silent and not found.mistake:
+        found.faults.extend(silent)
+        return found
     _judge(found, right, as_is, classes, "; labels in the devkit's order were not tried, for want of the devkit (faultline check --devkit tries them)" if classes == len(IDS) and not devkit else "")
     return found
 
@@ -237,6 +242,14 @@ def _look_at_samples(found: Diagnosis, seen: Look, labels: np.ndarray, classes: 
         found.warnings.append(f"all {len(labels)} samples have the label {labels[0]}: is the source one class of the data set?")
     if len(labels) and np.mean([_TRAINING.match(s.sample_id) is not None for s in seen.samples]) > 0.5:
         found.warnings.append(f"the images are called as those of ImageNet's training set ({printable(seen.samples[0].sample_id)}): {HOLDOUT}")
+
+
+def _silence(seen: Look, logits: torch.Tensor) -> list[str]:
+    """A fault, if different images are all given the very same logits, as where all weights are 0: nothing of them reaches the output."""
+    first = next(iter(seen.samples), None)
+    if first is None or (logits != logits[0]).any() or all(np.array_equal(s.pixels, first.pixels) for s in seen.samples):
+        return []
+    return [f"the network gives the very same answer to all {len(logits)} images, whatever they show, so that a profile says nothing of its image: are these its weights?"]
 
 
 def _explained(found: Diagnosis, right: np.ndarray, mistakes: Iterable[tuple[Mistake, np.ndarray, float]]) -> Diagnosis:

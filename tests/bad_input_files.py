@@ -76,6 +76,7 @@ SAFE, ONE = "w.safetensors", {"dtype": "F32", "shape": [4], "data_offsets": [0, 
 WEIGHTS = [
     *(File(f"weights: NaN or infinity {value}", filled(value), f"w.pth has values that are not finite .NaN or infinity. in {WEIGHT}; give") for value in (float("nan"), float("inf"), float("-inf"))),
     File("weights: of double that overflow", saved(lambda state: state.update({WEIGHT: state[WEIGHT].double() * 1e300})), f"values that are not finite .* in {WEIGHT}"),
+    File("weights: all zero", saved(lambda state: {name: torch.zeros_like(value) for name, value in state.items()}), r"the very same answer to all \d+ images, .*: are these its weights"),
     File("weights: one missing", saved(lambda state: {name: value for name, value in state.items() if name != WEIGHT}), FIT + f"{WEIGHT} is missing"),
     File("weights: one too many", saved(lambda state: state.update(extra=torch.zeros(1))), FIT + "extra is not in the network"),
     File("weights: transposed", saved(lambda state: state.update({"linear.weight": state["linear.weight"].T.contiguous()})), FIT + r"linear.weight is \[10, 5\] where the network has \[5, 10\]"),

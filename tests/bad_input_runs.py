@@ -28,18 +28,18 @@ class Part:
 
 PARTS = [
     Part("run.json", ("status", "query", "neighbors", "index", "extract", "profile"), ("restore",)),
-    Part("weights.safetensors", ("extract", "extract v3", "explain"), ("extract",)),
+    Part("weights.safetensors", ("extract", "extract v3", "explain", "mask --fresh", "finetune --fresh"), ("extract",)),
     Part("datasets/val.json", ("status", "index", "extract", "profile", "prune"), ("extract",)),
-    Part(f"profiles/val/{UNIT}.parquet", ("status", "query", "neighbors", "index", "extract", "profile"), ("extract", "index")),
+    Part(f"profiles/val/{UNIT}.parquet", ("status", "query", "neighbors", "index", "extract", "profile", "finetune --fresh"), ("extract", "index")),
     Part(f"rejects/val/{UNIT}.parquet", ("status", "index", "extract", "profile"), ("extract", "index")),
-    Part("statistics/val.parquet", ("query", "neighbors", "index", "profile", "explain"), ("index",)),
-    Part("index/errors/index.faiss", ("query", "neighbors"), ("index",)),
-    Part("index/errors/rows.parquet", ("query", "neighbors"), ("index",)),
-    Part("index/errors/index.json", ("query", "neighbors"), ("index",)),
+    Part("statistics/val.parquet", ("query", "neighbors", "index", "profile", "explain", "mask"), ("index",)),
+    Part("index/errors/index.faiss", ("query", "neighbors", "finetune --fresh"), ("index",)),
+    Part("index/errors/rows.parquet", ("query", "neighbors", "finetune --fresh"), ("index",)),
+    Part("index/errors/index.json", ("query", "neighbors", "finetune --fresh"), ("index",)),
     Part("experiments/profile/settings.json", ("profile",), ("profile --fresh",)),
     Part("experiments/profile/summary.json", ("profile",), ("profile",)),
     Part(f"experiments/profile/{UNIT}.parquet", ("profile", "profile anew"), ("profile",)),
-    Part(f"experiments/prune/{UNIT}.parquet", ("prune", "prune anew"), ("prune",)),
+    *(Part(f"experiments/{verb}/{UNIT}.parquet", (verb, f"{verb} anew"), (verb,)) for verb in ("prune", "mask", "finetune")),
 ]
 
 
@@ -91,10 +91,18 @@ def cases() -> list[tuple[Part, str, str]]:
 # ---- verbs -----------------------------------------------------------------------------------------------------------
 
 
+EXPERIMENTS = {
+    "profile": ("--max-samples", 45),
+    "prune": ("--max-samples", 45),
+    "mask": ("--max-samples", 8, "--percent", 5, "-k", 3, "--hosts", 1),
+    "finetune": ("--from", "val", "--in", "v2", "--max-samples", 8, "-k", 2),
+}
+
+
 def made(small: tiny.Small) -> None:
-    """Two experiments into a run that is indexed."""
-    for verb in ("profile", "prune"):
-        ended = tiny.call(verb, "--run", small.run, "--max-samples", 45)
+    """Experiments into a run that is indexed."""
+    for verb, words in EXPERIMENTS.items():
+        ended = tiny.call(verb, "--run", small.run, *words)
         assert ended.code == 0, ended.err
 
 
@@ -126,7 +134,7 @@ def call(verb: str, small: tiny.Small) -> tuple[tiny.Ended, object]:
     name, _, how = verb.partition(" ")
     if how == "anew":
         (run / "experiments" / name / "summary.json").unlink(missing_ok=True)
-    ended = tiny.call(name, "--run", run, "--max-samples", 45, "--format", "json", *(["--fresh"] if how == "--fresh" else []))
+    ended = tiny.call(name, "--run", run, *EXPERIMENTS[name], "--format", "json", *(["--fresh"] if how == "--fresh" else []))
     return ended, ended.raw
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -35,7 +35,9 @@ def blank(self, store, summary, folder) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Iterator[Runs]:
     folder = tmp_path_factory.mktemp("whole")
-    with mock.patch("jobs.profile.Profile.draw", blank), mock.patch("jobs.prune.Prune.draw", blank):
+    with ExitStack() as patched:
+        for verb in ("profile.Profile", "prune.Prune", "mask.Mask", "finetune.FineTune"):
+            patched.enter_context(mock.patch(f"jobs.{verb}.draw", blank))
         whole = tiny.make(folder)
         table.made(whole)
         other = tiny.Small(folder / "other" / "run", whole.sources)
@@ -64,8 +66,7 @@ STANDS_FOR = {
     "datasets": ("datasets/val.json",),
     "statistics/": ("statistics",),
     "index/": ("index/errors", "has no index"),
-    "experiments/prune/": ("prune",),
-    "experiments/profile/": ("profile",),
+    **{f"experiments/{verb}/": (verb,) for verb in table.EXPERIMENTS},
 }  # a damaged file, and what a message may call it, beside its name
 
 
@@ -90,7 +91,7 @@ def check(runs: Runs, small: tiny.Small, path: str, verb: str) -> None:
     text = bad_input.message(ended, 2, 4)
     assert named(path, text), text
     after = bad_input.digests(small.run)
-    assert {file for file in before if after.get(file) != before[file]} <= {f"experiments/{name}/summary.json" for name in ("profile", "prune")}, "a refusal that changed something"
+    assert {file for file in before if after.get(file) != before[file]} <= {f"experiments/{name}/summary.json" for name in table.EXPERIMENTS}, "a refusal that changed something"
 
 
 @pytest.mark.parametrize("part, name, verb", table.cases(), ids=lambda value: (value.id if isinstance(value, table.Part) else value).replace(" ", "-"))

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from jobs import cluster
+from jobs.chaos.processes import ending, finished, running, strangers
 from jobs.extract import Settings, extract
 from pipeline.errors import BadRequest, Stopped
 from pipeline.store import Store
 from pipeline.worker import Decoder, UnitWriter
 from shards import write_shard
+import tiny
 
 UNITS = 6
 
@@ -129,3 +131,18 @@ def test_where_ray_has_failed_the_exit_code_is_ours(broken, code):
     script = f"import atexit, os, sys, ray\natexit.register(os._exit, 1)\nfrom jobs import cluster\ncluster.broken = {broken}\nprint('last words')\ncluster.leave(4)\nsys.exit(4)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == code and (not broken or done.stdout == "last words\n")
+
+
+@pytest.mark.processes
+def test_a_job_whose_own_raylet_is_killed_says_so_and_resumes(tmp_path):
+    """Exit code 4 and a sentence, at once; Ray's core, left alone, ends the process seconds later with 1 and no word. Nothing of Ray stays, and the same command completes."""
+    sources, here = tiny.make_sources(tmp_path / "sources"), {"PYTHONPATH": tiny.surroundings()["PYTHONPATH"]}
+    command = ["extract", "--run", tmp_path / "run", "--dataset", "val", "--source", sources / "val", "--model", tiny.MODEL]
+    with running(tmp_path, *command, "--address", "local", env=here) as job:
+        job.until(lambda: "waiting for the first unit" in job.stderr())
+        next(p for p in job.family() if p.name() == "raylet").kill()
+        assert job.wait(20) == 4, job.stderr()
+        assert ending(job.stderr()) == "faultline: Ray's server on this machine (its raylet) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes\n"
+        assert strangers(job.stderr(), "val") == [] and job.stdout() == "" and [title for title in job.left_over(30) if "Agent" not in title] == []
+    assert finished(tmp_path, *command, env=here)[0] == 0
+    assert Store(tmp_path / "run").progress("val").done == 60

@@ -160,6 +160,31 @@ def diagnosed(look, promised=None, network=None):
     return doctor.examine((network or tiny.colours()).eval(), tiny.Palette.preprocessing, look, CLASSES, promised)
 
 
+@pytest.mark.parametrize("count", [2, 60], ids=["few", "enough"])
+@pytest.mark.parametrize("model", ["tiny:zeros", "tiny:constant"])
+def test_a_network_that_says_nothing_is_refused_before_anything_is_written(tmp_path, model, count):
+    """Whatever the labels: where all are the class that it always gives, it is right on every image."""
+    shards.write_shard(tmp_path / "source/a.tar", [4 if model == "tiny:constant" else 0] * count)
+    text = f"the network gives the very same answer to all {count} images"
+    assert text in extract(tmp_path / "source", tmp_path / "run", model=model).refused() and not (tmp_path / "run").exists()
+    ended = check(tmp_path / "source", model=model)
+    assert ended.code == 2 and f"--weights: {text}" in ended.err
+    assert extract(tmp_path / "source", tmp_path / "run", "--force", model=model).code == 0
+    ended = tiny.call("index", "--run", tmp_path / "run", "--subset", "all")
+    assert ended.code == 0 and "no filter tells the samples of val apart, so that every similarity is 0: are these the network's weights" in ended.err
+
+
+def test_one_image_alone_or_the_same_again_does_not_accuse_a_network(tmp_path):
+    """Nor does one that answers differently without its filters: its profiles do, when they are indexed."""
+    shards.write_shard(tmp_path / "one/a.tar", [0])
+    shards.write_tar(tmp_path / "same/a.tar", [(f"{i}.{end}", content) for i in range(30) for end, content in (("jpg", shards.photo(1)), ("cls", b"%d" % (i % 5)))])
+    for name, model in (("one", "tiny:zeros"), ("same", "tiny:zeros"), ("same", "tiny:net"), ("same", "tiny:bypass")):
+        assert "the very same answer" not in extract(tmp_path / name, tmp_path / f"run {name} {model}", model=model).err
+    shards.write_shard(tmp_path / "other/a.tar", [i % 5 for i in range(40)])
+    assert extract(tmp_path / "other", tmp_path / "run", model="tiny:bypass").code == 0
+    assert "no filter tells the samples of val apart" in tiny.call("index", "--run", tmp_path / "run").err
+
+
 def test_errors_that_lean_to_one_class_are_no_mistake_of_the_source():
     """The images of one class are all taken for its neighbour, or those of two: the labels are right, the network is not."""
     one = diagnosed(looked([8] * 60, [7] * 60))

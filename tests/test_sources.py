@@ -97,6 +97,8 @@ def test_hidden_and_special_members_are_no_part_of_a_sample(tmp_path):
         ([("x.jpg", b"J")], "no label (.cls, or .json with"),
         ([("x.jpg", b"J"), ("x.jpg", b"K"), ("x.cls", b"1")], "two members named .jpg"),
         ([("x.jpg", b"J"), ("x.cls", b"1"), ("x.CLS", b"2")], "two members named .cls"),
+        ([("x.jpg", b"J"), ("x.cls", b"1"), ("x.png", b"P")], "2 images under this key, .jpg and .png: which is it?"),
+        ([("x.png", b"J"), ("x.jpeg", b"J"), ("x.JPG", b"J"), ("x.cls", b"1")], "3 images under this key, .jpg and .jpeg and .png: which is it?"),
         ([("x.jpg", b"J"), ("x.cls", b"cat")], "its .cls holds 'cat', not a whole number"),
         ([("x.jpg", b"J"), ("x.cls", b"1.5")], "'1.5', not a whole number"),
         ([("x.jpg", b"J"), ("x.cls", b"")], "'', not a whole number"),

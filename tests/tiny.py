@@ -85,6 +85,24 @@ def nan() -> nn.Module:
     return Broken(lambda logits: logits * float("nan"))
 
 
+def zeros() -> nn.Module:
+    network = Net()
+    for weights in network.parameters():
+        nn.init.zeros_(weights)
+    return network
+
+
+def constant() -> nn.Module:
+    return Broken(lambda logits: logits * 0 + torch.arange(5.0))
+
+
+def bypass() -> nn.Module:
+    """What it answers differs from image to image, and no filter has a part in it."""
+    network = Net()
+    network.forward = lambda x: x.mean((1, 2, 3))[:, None] * torch.arange(5.0) + 0 * Net.forward(network, x)
+    return network
+
+
 def pair() -> nn.Module:
     return Broken(lambda logits: (logits, logits))
 

@@ -1,7 +1,8 @@
 """WebDataset tar shards, `.tar` or `.tar.gz`: consecutive members with one key are one sample.
 
 The key is the member's path to the first dot of its file name, folders kept; it is the sample's ID. A sample has one
-image (`.jpg`, `.jpeg` or `.png`) and a label: `.cls`, a whole number as text, or `.json` with a `label`.
+image (`.jpg`, `.jpeg` or `.png`) and a label: `.cls`, a whole number as text, or `.json` with a `label`. One that has two is not chosen for:
+two images, or labels that disagree, and the sample is set aside.
 Members are read in place and never unpacked, so a hostile path in an archive leads nowhere.
 """
 
@@ -91,14 +92,14 @@ def _sample(tar: Group, key: str, members: list[tarfile.TarInfo]) -> RawSample:
         parts[extension] = member
     if any(member.size > MOST_BYTES for extension, member in parts.items() if extension in IMAGES + LABELS):
         return RawSample(key, fault=f"a member under this key is larger than {MOST_BYTES >> 20} MiB")
-    image = next((parts[e] for e in IMAGES if e in parts), None)
-    if image is None:
-        return RawSample(key, fault="no image (.jpg, .jpeg or .png) under this key")
+    images = [e for e in IMAGES if e in parts]
+    if len(images) != 1:
+        return RawSample(key, fault=f"{len(images)} images under this key, .{' and .'.join(images)}: which is it?" if images else "no image (.jpg, .jpeg or .png) under this key")
     try:
         label = _label(tar, parts)
     except ValueError as fault:
         return RawSample(key, fault=str(fault))
-    return RawSample(key, tar.extractfile(image).read(), label)
+    return RawSample(key, tar.extractfile(parts[images[0]]).read(), label)
 
 
 def _also(tar: Group, parts: dict[str, tarfile.TarInfo]) -> int | None:
