@@ -213,35 +213,26 @@ def tuned_squeezenet() -> str:
     return table([f"strategy, filters (rate {summary['rates'][0]:g})", *EFFECTS.values()], rows)
 
 
-def _sweep() -> list[dict]:
-    """Every setting of both sweeps, of the same 200 errors."""
-    return [e for name in ("resnet56-v2-frontier-small", "resnet56-v2-frontier") for e in kept(name)["effects"]]
-
-
 def frontier() -> str:
     """Repaired / broken of every setting."""
-    rates = sorted({e["rate"] for e in _sweep()})
-    rows = []
+    sweep, rows = kept("resnet56-v2-frontier"), []
     for strategy in TUNED:
-        for k in sorted({e["k"] for e in _sweep() if e["strategy"] == strategy}):
-            found = {e["rate"]: f"{e['neighbors_corrected']['estimate']:.3f} / {e['broken']['estimate']:.3f}" for e in _sweep() if (e["strategy"], e["k"]) == (strategy, k)}
-            rows.append([STRATEGIES[strategy] + (f", {k}" if strategy in TUNED[:3] else ""), *(found.get(rate, "") for rate in rates)])
-    return table(["strategy, filters", *(f"rate {rate:g}" for rate in rates)], rows)
-
-
-BUDGETS = (0.02, 0.05, 0.1, 0.2)
+        for k in sorted({e["k"] for e in sweep["effects"] if e["strategy"] == strategy}):
+            found = [effect(sweep, strategy, k, rate) for rate in sweep["rates"]]
+            rows.append([STRATEGIES[strategy] + (f", {k}" if strategy in TUNED[:3] else ""), *(f"{e['neighbors_corrected']['estimate']:.3f} / {e['broken']['estimate']:.3f}" for e in found)])
+    return table(["strategy, filters", *(f"rate {rate:g}" for rate in sweep["rates"])], rows)
 
 
 def bargains() -> str:
-    """Of every strategy the setting that repairs most among those that break no more than so much."""
-    rows = []
-    for budget in BUDGETS:
+    """Of every strategy the setting that repairs most among those that break no more than so much, and how far it is from the most salient filters' on the same errors."""
+    found, rows = kept("resnet56-v2-frontier")["bargains"], []
+    for budget in sorted({b["budget"] for b in found}):
         row = [f"{budget:.2f}"]
         for strategy in TUNED:
-            within = [e for e in _sweep() if e["strategy"] == strategy and e["broken"]["estimate"] <= budget]
-            best = max(within, key=lambda e: e["neighbors_corrected"]["estimate"], default=None)
+            best = next((b for b in found if (b["budget"], b["strategy"]) == (budget, strategy)), None)
             setting = "" if best is None else (f"{best['k']} filters, " if strategy in TUNED[:3] and best["k"] > 1 else "1 filter, " if strategy in TUNED[:3] else "") + f"rate {best['rate']:g}"
-            row.append(f"{cell(best['neighbors_corrected'])}<br>{setting}, breaks {best['broken']['estimate']:.3f}" if best else "no setting")
+            less = f"<br>less the most salient: {cell(best['less_salient']['neighbors_corrected'], 3, '+')}" if best and "less_salient" in best else ""
+            row.append(f"{cell(best['neighbors_corrected'])}<br>{setting}, breaks {best['broken']['estimate']:.3f}{less}" if best else "no setting")
         rows.append(row)
     return table(["broken at most", *(STRATEGIES[s] for s in TUNED)], rows)
 
