@@ -76,7 +76,7 @@ class Asked:
 
 def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
     """Try the network on a few of the images that were seen, and choose what was left open. Raises BadRequest if it cannot take them."""
-    from pipeline.saliency import check_network, choose_engine
+    from pipeline.saliency import check_network, choose_engine, try_engine
 
     layers = FilterLayout.of(classifier.network)
     trials = trial_images(seen, classifier)
@@ -85,6 +85,7 @@ def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
     except BadRequest:  # because of one bad image?
         images, classes = trials[-1], check_network(classifier.network, trials[-1])
     engine, reason = (asked.engine, "as asked") if asked.engine != "auto" else choose_engine(classifier.network, images)
+    try_engine(engine, classifier.network, images)
     say(f"engine: {engine} ({reason}); {layers.total:,} filters in {len(layers.layers)} layer{'s' * (len(layers.layers) != 1)}, {classes} classes")
     names = classifier.class_names if classifier.class_names and len(classifier.class_names) == classes else None
     return Manifest(

@@ -143,7 +143,7 @@ def carry_out(verb: Verb, request: Request) -> dict | Rehearsal:
             verb.check(store, unpack(Gatherer.of(store, dataset, choice, (), True).gather(todo[0][0]))[0][:3])
         device = cluster.device_for(request.device if experiment.images else "cpu", request.address) if todo else "cpu"
         if fresh:  # nothing is left that could be refused
-            _discard(folder)
+            _discard(folder, verb.figures)
         if todo:
             say(f"{name}: {verb.cost(samples)}" + (f"; {len(done)} of {len(chosen)} units are done" if done else ""))
             _do(store, experiment, request, dataset, choice, todo, samples, settings, device)
@@ -191,9 +191,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _discard(folder: Path) -> None:
-    """Results of this verb alone; the settings last, so that rows never lie under others."""
-    for path in [*folder.glob("*.parquet"), *folder.glob(".*.tmp"), folder / "summary.json", folder / "settings.json"]:
+def _discard(folder: Path, figures: tuple[str, ...]) -> None:
+    """Results of this verb alone, and its figures; the settings last, so that rows never lie under others."""
+    drawn = [folder / f"{figure}{end}" for figure in figures for end in (".png", ".svg")]
+    for path in [*folder.glob("*.parquet"), *folder.glob(".*.tmp"), *drawn, folder / "summary.json", folder / "settings.json"]:
         path.unlink(missing_ok=True)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
 NEAR = 0.05  # of the pixels: the share that the paper, and the sentence, are about, or the grid's nearest
 HOSTS = 10  # images of a class that a region is pasted into, at most
-MAP = 8  # forwards that a map is worth
+MAP = 12  # forwards that a map is worth: four passes forward and back
 TOGETHER = 8  # maps of one call
 SCHEMA = masking.EFFECTS.append(pa.field("unboxed", pa.string()))  # why a sample has no pixels outside its boxes, on each of its rows; null where it has, or where no boxes were asked for
 

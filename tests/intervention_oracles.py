@@ -48,7 +48,7 @@ def pruned(network: torch.nn.Module, off: list[int], norms: dict[str, str], mode
 def alone(network: torch.nn.Module, image: torch.Tensor) -> np.ndarray:
     """Logits float64 [C] of one image [3, H, W]."""
     with torch.no_grad():
-        return network(image[None].double())[0].numpy()
+        return network(image[None].double().clone())[0].numpy()
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -62,7 +62,7 @@ def stepped(network: torch.nn.Module, image: torch.Tensor, label: int, columns: 
     edited = copy.deepcopy(network).double().eval()
     named = dict(edited.named_parameters())
     wanted = [p.requires_grad_(True) for p in named.values()]
-    loss = F.cross_entropy(edited(image[None].double()), torch.tensor([label]))
+    loss = F.cross_entropy(edited(image[None].double().clone()), torch.tensor([label]))
     gradients = dict(zip(named, torch.autograd.grad(loss, wanted, allow_unused=True)))
     pieces = []  # (parameter, index into it)
     if columns == "all":

@@ -173,6 +173,24 @@ def test_a_network_that_keeps_gradients_from_its_input_is_refused():
         InputSaliency(network, reference_of(network))(images, labels, [np.array([0])])
 
 
+class Hard(torch.nn.Module):
+    """torch knows no derivative of the backward pass of the hard sigmoid, and called like this it is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, zoo.CLASSES)
+
+    def forward(self, x):
+        return self.fc(torch.ops.aten.hardsigmoid(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_network_that_cannot_be_differentiated_twice_is_refused(count):
+    network, (images, labels) = Hard().eval(), zoo.images(3)
+    with pytest.raises(BadRequest, match="cannot differentiate the network twice .aten::hardsigmoid_backward has no derivative"):
+        InputSaliency(network, Reference(np.zeros(4), np.ones(4), 7, "abs", "test"))(images[:count], labels[:count], [np.array([0])] * count)
+
+
 def test_noisy_copies_are_averaged_and_the_same_again():
     network = next(a for a in zoo.ZOO if a.engine == "fused").make()
     reference, (images, labels) = reference_of(network), zoo.images(2, 4)

@@ -18,6 +18,7 @@ from PIL import Image
 from index import Run
 from jobs import cluster, finetune
 from jobs.prune import filters_of, found as sentence, grid_of
+from pipeline import failpoints
 from pipeline.statistics import Reference
 from pipeline.filters import FilterLayout
 from pipeline.errors import BadRequest
@@ -226,6 +227,17 @@ def test_fresh_discards_nothing_that_cannot_be_made_again(small, tmp_path, monke
         shard.unlink()
     assert "is not what was extracted" in tiny.call("prune", "--run", tmp_path / "run", "-k", "2", "--fresh").refused()
     assert {p.name: p.read_bytes() for p in (tmp_path / "run/experiments/prune").glob("*") if p.is_file()} == before
+
+
+def test_earlier_figures_go_with_the_rows_that_they_are_of(copied, tmp_path, monkeypatch):
+    """A job that is stopped leaves no picture beside the settings of others."""
+    folder = copied.run / "experiments/prune"
+    assert tiny.call("prune", "--run", copied.run, "-k", "2").code == 0 and list(folder.glob("*.png"))
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults/0.json").write_text(json.dumps({"point": "rows.written", "action": "error", "errno": "ENOSPC", "times": None}))
+    monkeypatch.setenv(failpoints.VARIABLE, str(tmp_path / "faults"))
+    assert tiny.call("prune", "--run", copied.run, "-k", "3", "--fresh").code == 4
+    assert not [p for p in folder.iterdir() if p.suffix in (".png", ".svg", ".parquet")]
 
 
 def test_a_step_is_tried_on_errors_alone(copied):

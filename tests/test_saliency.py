@@ -11,8 +11,10 @@ import torch.nn.functional as F
 import zoo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from pipeline import saliency
+from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
 from pipeline.saliency import check_network, choose_engine, fused, make_engine, products, vmap
 from pipeline.saliency.loss import cross_entropy
@@ -243,6 +245,26 @@ def test_training_mode_is_refused(name):
         make_engine(name, network, "abs")
 
 
+class Checkpointed(nn.Module):
+    """Neither engine can differentiate it: a layer is run again in the backward pass, with hooks on what is saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), nn.Linear(4, zoo.CLASSES)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, x, use_reentrant=False).mean((2, 3)))
+
+
+def test_a_network_without_an_engine_is_refused():
+    network, (images, _) = Checkpointed().eval(), zoo.images(3)
+    name, _ = choose_engine(network, images)
+    with pytest.raises(BadRequest, match=f"cannot be had of this network by the engine {name} "):
+        saliency.try_engine(name, network, images)
+    for animal in zoo.ZOO[:3]:
+        saliency.try_engine("vmap", animal.make(), images)
+
+
 class Largest(TorchDispatchMode):
     """Numbers of the largest tensor that any operation gives."""
 
@@ -297,7 +319,6 @@ def test_vmap_holds_the_gradients_of_a_chunk(monkeypatch):
     ids=["no convolution", "no logits", "other channels", "one class"],
 )
 def test_network_that_is_no_classifier_is_refused(network, message):
-    from pipeline.errors import BadRequest
 
     with pytest.raises(BadRequest, match=message):
         check_network(network.eval(), zoo.images(2)[0])

@@ -219,6 +219,41 @@ class Tokens(nn.Module):
         return torch.tanh(self.stem(x).flatten(2).transpose(1, 2) + self.place)
 
 
+class Normalising(nn.Module):
+    """Normalises its input where it lies."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.stem(x.sub_(0.3).mul_(2))
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation with a hard sigmoid, as in MobileNetV3: torch cannot differentiate its backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gate, self.act = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Hardsigmoid()
+
+    def forward(self, x):
+        x = F.hardswish(self.stem(x))
+        return x * self.act(self.gate(x.mean((2, 3), keepdim=True)))
+
+
+class Attentive(nn.Module):
+    """Tokens that look at each other, by torch's own attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.look = nn.Conv2d(3, 4, 4, stride=3), nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        return self.look(tokens, tokens, tokens, need_weights=False)[0]
+
+
 RELU = lambda: nn.ReLU()  # noqa: E731
 IN_PLACE = lambda: nn.ReLU(inplace=True)  # noqa: E731
 
@@ -246,6 +281,9 @@ ZOO = [
     Animal("bare-parameter", Bare),
     Animal("auxiliary", Auxiliary),
     Animal("no-grad-stem", WithoutGradient),
+    Animal("in-place-input", Normalising),
+    Animal("hard-sigmoid", Gated),
+    Animal("attention", Attentive),
     Animal("tokens", lambda: Tokens(norm(4), (3, 3))),
     Animal("tokens-in-place", lambda: Tokens(plain(norm(4), IN_PLACE), (3, 3))),
     Animal("tokens-of-narrow-maps", lambda: Tokens(norm(4), (3, 8))),

@@ -16,6 +16,7 @@ float32 is off by about 1e-7 / D_cos of its peak. Below `NEAR` an image is there
 from __future__ import annotations
 
 import copy
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from pipeline.filters import FilterLayout
 from pipeline.saliency.fused import FusedEngine, Objection, objection
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
+from pipeline.saliency.twice import twice_differentiable
 from pipeline.saliency.vmap import reduce_filters
 from pipeline.statistics import Reference
 
@@ -68,7 +70,7 @@ class InputSaliency:
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, filters: list[np.ndarray], boost: float = BOOST) -> Explained:
         """images: float [B, 3, H, W], B at least 1; labels: int64 [B]; filters: F of each image, columns. The network is left as it was.
 
-        Raises BadRequest for a network that keeps gradients from its input.
+        Raises BadRequest for a network that keeps gradients from its input, or that torch cannot differentiate twice.
         """
         if len(images) != len(filters):
             raise ValueError(f"{len(filters)} sets of filters for {len(images)} images")
@@ -120,7 +122,12 @@ class InputSaliency:
             profiles = profile[None]
         targets = torch.stack([boosted(profile, columns, boost) for profile, columns in zip(profiles.detach(), filters)])
         distances = 1 - torch.nn.functional.cosine_similarity(profiles, targets, 1, eps=0)
-        gradients = torch.autograd.grad(distances.sum(), images, allow_unused=True)[0]
+        try:
+            gradients = torch.autograd.grad(distances.sum(), images, allow_unused=True)[0]
+        except RuntimeError as fault:
+            if not (unknown := re.search(r"derivative for (\S+) is not implemented", str(fault))):
+                raise
+            raise BadRequest(f"torch cannot differentiate the network twice ({unknown[1]} has no derivative): which pixels matter cannot be asked of it") from None
         if gradients is None:
             raise BadRequest("the network keeps gradients from its input (torch.no_grad or detach inside): which pixels matter cannot be asked of it")
         gradients = torch.where(targets.any(1)[:, None, None, None], gradients, 0.0)
@@ -132,7 +139,7 @@ class InputSaliency:
         try:
             for p in self.weights:
                 p.requires_grad_()
-            with torch.enable_grad(), PlainLayouts():
+            with torch.enable_grad(), PlainLayouts(), twice_differentiable():
                 logits = self.network(image.clone())  # which it may change in place
                 gradients = torch.autograd.grad(cross_entropy(logits, label)[0], self.weights, create_graph=twice, allow_unused=True)
                 reduced = [reduce_filters((torch.zeros_like(p) if g is None else g)[None], self.aggregation)[0] for g, p in zip(gradients, self.weights)]

@@ -62,7 +62,7 @@ class Gradient:
             raise ValueError("interventions are defined in eval mode; call network.eval() first")
         named = dict(network.named_parameters())
         with _asking(named.values()), torch.enable_grad():
-            loss = cross_entropy(network(image[None]), torch.tensor([label], device=image.device)).sum()
+            loss = cross_entropy(network(image[None].clone()), torch.tensor([label], device=image.device)).sum()
             found = torch.autograd.grad(loss, list(named.values()), allow_unused=True) if loss.requires_grad else [None] * len(named)
         self.layout = layout
         self.parameters = {name: torch.zeros_like(p) if g is None else g.detach() for (name, p), g in zip(named.items(), found)}

@@ -66,8 +66,8 @@ def watch(network: torch.nn.Module, layout: FilterLayout, images: torch.Tensor) 
     weights = [p for p in network.parameters() if p.dim() == 4]
     watched = _Watch(weights, images)
     with watched:
-        logits = network(images)
-    if not close(network(images[:1]), logits[:1]):
+        logits = network(images.clone())  # which it may change in place
+    if not close(network(images[:1].clone()), logits[:1]):
         raise BadRequest("--model: an image's logits depend on which images share its batch, so no batch of interventions is exact; give its BatchNorm running statistics")
     strange = {layer: reasons[0] for layer, reasons in watched.strange.items()}
     strange |= _mixed_rows(network, weights, images, watched)
@@ -203,7 +203,7 @@ def _mixed_rows(network, weights, images, watched) -> dict[int, str]:
         rows = {layer: (torch.rand(len(weights[layer]), generator=generator) < 0.5).to(weights[layer].device) for layer in computed}
         again = _Watch(weights, images)
         with _changed([weights[layer] for layer in computed], [rows[layer] for layer in computed]), again:
-            network(images)
+            network(images.clone())
         for before, after in zip(watched.found, again.found):
             if before.layer in rows:
                 same = len(before.weight) == len(rows[before.layer]) and before.weight.shape == after.weight.shape
@@ -215,7 +215,7 @@ def _mixed_rows(network, weights, images, watched) -> dict[int, str]:
 
 def _matter(network, weights, images, logits) -> bool:
     with _changed(weights, [slice(None)] * len(weights)):
-        return not torch.equal(network(images), logits)
+        return not torch.equal(network(images.clone()), logits)
 
 
 class _changed:

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from pipeline.errors import BadRequest
+from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout
 
 
@@ -53,11 +53,22 @@ def choose_engine(network: torch.nn.Module, images: torch.Tensor) -> tuple[str, 
     return ("vmap", reason) if reason else ("fused", "every 4-D weight is used in one convolution")
 
 
+def try_engine(name: str, network: torch.nn.Module, images: torch.Tensor) -> None:
+    """One image, float32 [B, 3, H, W], through an engine. Raises BadRequest if its gradients cannot be had that way."""
+    try:
+        make_engine(name, network, "abs")(images[:1], torch.zeros(1, dtype=torch.int64, device=images.device))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as fault:
+        reason = str(fault).strip().splitlines()[0][:200] if str(fault).strip() else type(fault).__name__
+        raise BadRequest(f"--model: the gradients of one sample cannot be had of this network by the engine {name} ({printable(reason)}), so that there are no profiles of it") from None
+
+
 def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
     """C, the number of classes, from one forward. Raises BadRequest if it fails or does not give finite logits [B, C], C >= 2."""
     try:
         with torch.no_grad():
-            logits = network(images)
+            logits = network(images.clone())  # which it may change in place
     except Exception as fault:
         reason = str(fault).strip().splitlines()[0][:200] if str(fault).strip() else type(fault).__name__
         raise BadRequest(f"--model: the network cannot take images of shape {list(images.shape)} ({reason}); check --preprocess") from None

@@ -57,7 +57,7 @@ def folds(network: torch.nn.Module, weights: list[torch.nn.Parameter], images: t
     """layer -> what stands for it and its BatchNorm. network: in eval mode; weights: its 4-D ones, in vector order; images: float32 [B, 3, H, W], one or more."""
     watch = _Watch(weights)
     with torch.no_grad(), watch:
-        watch.use(network(images))
+        watch.use(network(images.clone()))
     return {layer: _fold(weights[layer], calls[0].bias, calls[0].users[0]) for layer, calls in watch.calls.items() if len(calls) == 1 and _alone(calls[0])}
 
 

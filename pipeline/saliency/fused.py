@@ -26,6 +26,7 @@ from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Fold, Norm, folds, le
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
 from pipeline.saliency.products import filter_saliency
+from pipeline.saliency.twice import twice_differentiable
 
 TOLERANCE = 1e-3  # relative, between one image's s̄ here and by autograd
 
@@ -50,7 +51,7 @@ class FusedEngine:
         """
         sink = self._sink(images)
         with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
-            logits = self.network(images.detach()).float()
+            logits = self.network(images.detach().clone()).float()  # which it may change in place
             sink.close()
             sink.refuse()
             if len(images) and logits.requires_grad:
@@ -61,8 +62,8 @@ class FusedEngine:
     def twice(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         """The same as functions of the images, which ask for a gradient: autograd can differentiate both once. s̄ and logits are of the images' dtype. Raises as above."""
         sink = self._sink(images)
-        with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
-            logits = self.network(images.clone())  # which it may change in place
+        with _frozen(self.network), torch.enable_grad(), PlainLayouts(), twice_differentiable(), sink:
+            logits = self.network(images.clone())
             sink.close()
             sink.refuse()
             torch.autograd.grad(cross_entropy(logits, labels).sum(), [images, *sink.frozen], create_graph=True, allow_unused=True)
@@ -211,7 +212,7 @@ def _by_autograd(network, images, labels) -> torch.Tensor:
     with _frozen(network), torch.enable_grad(), PlainLayouts():
         for weight in weights:
             weight.requires_grad_(True)
-        loss = cross_entropy(network(images).float(), labels).sum()
+        loss = cross_entropy(network(images.clone()).float(), labels).sum()
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
     return torch.cat([(torch.zeros_like(w) if g is None else g)[None].flatten(2).abs().mean(2) for w, g in zip(weights, gradients)], 1)
 

@@ -104,7 +104,7 @@ def _weight_gradients(input, gradient, geometry) -> Iterator[tuple[slice, torch.
         else:  # samples become groups of one image of b * I channels
             weight = saw.new_empty((len(saw) * shape[0], *shape[1:]))
             found = torch.ops.aten.convolution_backward(_wide(gave), _wide(saw), weight, None, stride, padding, dilation, False, (0, 0), len(saw) * groups, (False, True, False))[1]
-            found = found.view(len(saw), shape[0], -1)
+            found = found.reshape(len(saw), shape[0], -1)
         yield at, found if found.dtype == torch.float64 else found.float()
 
 
@@ -123,7 +123,7 @@ def _products_of(weight, input, gradient, geometry, matrices) -> tuple[torch.Ten
         return whole, torch.bmm(weight, columns).view_as(gradient)
     wide, groups = weight.reshape(-1, *shape[1:]), len(input) * groups
     back = torch.ops.aten.convolution_backward(_wide(gradient), _wide(input), wide, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))[0]
-    return back.view_as(input), F.conv2d(_wide(input), wide, None, stride, padding, dilation, groups).view_as(gradient)
+    return back.reshape(input.shape), F.conv2d(_wide(input), wide, None, stride, padding, dilation, groups).reshape(gradient.shape)
 
 
 def _wide(maps) -> torch.Tensor:

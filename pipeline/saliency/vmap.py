@@ -38,6 +38,7 @@ class VmapEngine:
             gradients, (_, logits) = grad_and_value(loss, has_aux=True)(weights, image, label)
             return torch.cat([reduce_filters(gradients[name][None], self.aggregation)[0] for name in self.names]), logits.detach()
 
+        images = images.clone()  # which a network may change in place
         if not len(images):
             with torch.no_grad():
                 return Saliency(images.new_zeros(0, self.filters), self.network(images).float())
