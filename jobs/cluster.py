@@ -190,10 +190,14 @@ def _watch(ray) -> None:
         return  # a client of a cluster elsewhere has no raylet beside it
 
     def wait() -> None:
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as line:
-            line.connect(node.plasma_store_socket_name)
-            line.recv(1)  # nothing is ever said here: it returns when the other end is gone
-        if ray.is_initialized() and not broken:
+        with socket.socket(socket.AF_UNIX) as line:
+            try:
+                line.connect(node.plasma_store_socket_name)
+            except OSError:
+                return  # nothing to hear it by
+            with suppress(OSError):
+                line.recv(1)  # nothing is ever said here: it returns when the other end is gone
+        if ray.is_initialized() and ray._private.worker.global_worker.node is node and not broken:
             last_words("faultline: Ray's server on this machine (its raylet) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes")
             os._exit(Stopped.exit_code)
 

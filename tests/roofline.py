@@ -66,7 +66,7 @@ def operations(name: str, side: int) -> dict[str, list[tuple[float, float]]]:
     network = models.build(name).eval().requires_grad_(False)
     image = torch.randn(1, 3, side, side)
     weights = [p for p in network.parameters() if p.dim() == 4]
-    folded = {id(fold.mean) for fold in folds(network, weights, image).values()}
+    folded = {id(fold.norm.mean) for fold in folds(network, weights, image).values()}
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
     def note(ways, ops, numbers):

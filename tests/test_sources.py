@@ -220,6 +220,23 @@ def test_bare_end_is_enough(tmp_path):
     assert empty.census(name).samples == 0
 
 
+@pytest.mark.parametrize("changed", [0, 5, 127, 128, 199])
+@pytest.mark.parametrize("interval", [(0, 200), (0, 128), (128, 200), (100, 150), (198, 199)])
+def test_a_shard_that_changes_while_a_job_runs_is_refused(tmp_path, changed, interval):
+    """Another image of as many bytes, or none, under the same name and at the same place: what is read lies between two marks, and there the headers must be those of the census."""
+    write = lambda at: shards.write_tar(tmp_path / "a.tar", [member for i in range(200) for member in ((f"{i}.jpg", b"J" * (600 + (i == at))), (f"{i}.cls", b"1"))])  # noqa: E731
+    source, (name,) = open_source(str(write(-1)))
+    shard = source.census(name)
+    whole = shards.samples(source, name, *interval)
+    write(changed)
+    among = range(interval[0] // 128 * 128, min(200, -(-interval[1] // 128) * 128))
+    if changed in among:
+        with pytest.raises(BadRequest, match="a.tar is another file than when the run began: put the old file back"):
+            list(source.read(shard.marks_for(*interval), name, *interval))
+    else:
+        assert list(source.read(shard.marks_for(*interval), name, *interval)) == whole
+
+
 def test_shard_that_shrank_since_the_census_is_refused(tmp_path):
     """A reader counts on; a unit is never made of fewer samples than it stands for."""
     source, (name,) = open_source(str(shards.write_shard(tmp_path / "a.tar", [0, 1, 2])))

@@ -7,7 +7,7 @@ the filter saliency of the original weights is that of the folded ones times |a|
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ VIEWS = ("T", "H", "mT", "mH", "real")  # properties through which its values pa
 class Norm:
     """The arguments of one call of batch_norm."""
 
-    input: torch.Tensor
+    input: torch.Tensor | None
     mean: torch.Tensor | None
     variance: torch.Tensor | None
     gamma: torch.Tensor | None
@@ -41,24 +41,32 @@ class Norm:
         given = dict(zip(names, args)) | kwargs
         return cls(*(given.get(n) for n in ("input", "running_mean", "running_var", "weight", "bias")), given.get("training", False), given.get("eps", 1e-5))
 
+    @property
+    def own(self) -> tuple[torch.Tensor | None, ...]:
+        """What it does to its input, but for eps."""
+        return self.mean, self.variance, self.gamma, self.beta
+
+    def again(self, other: Norm) -> bool:
+        """Whether another call does the same to its input: with the very same tensors."""
+        return self.eps == other.eps and self.training == other.training and all(a is b for a, b in zip(self.own, other.own))
+
 
 @dataclass(frozen=True)
 class Fold:
-    """A convolution with the BatchNorm that follows it. weight, bias: of the one that stands for both; scale: |a|, float32 [O]; mean: the
-    BatchNorm's running mean, by which it is known again."""
+    """A convolution with the BatchNorm that follows it. weight, bias: of the one that stands for both; scale: |a|, float32 [O]; norm: the BatchNorm, by which it is known again."""
 
     weight: torch.Tensor
     bias: torch.Tensor
     scale: torch.Tensor
-    mean: torch.Tensor
+    norm: Norm
 
 
 def folds(network: torch.nn.Module, weights: list[torch.nn.Parameter], images: torch.Tensor) -> dict[int, Fold]:
     """layer -> what stands for it and its BatchNorm. network: in eval mode; weights: its 4-D ones, in vector order; images: float32 [B, 3, H, W], one or more."""
-    watch = _Watch(weights)
+    watch, lasting = _Watch(weights), {id(t) for t in (*network.parameters(), *network.buffers())}
     with torch.no_grad(), watch:
         watch.use(network(images.clone()))
-    return {layer: _fold(weights[layer], calls[0].bias, calls[0].users[0]) for layer, calls in watch.calls.items() if len(calls) == 1 and _alone(calls[0])}
+    return {layer: _fold(weights[layer], calls[0].bias, calls[0].users[0]) for layer, calls in watch.calls.items() if len(calls) == 1 and _alone(calls[0], lasting)}
 
 
 @dataclass(frozen=True)
@@ -102,12 +110,12 @@ class _Watch(TorchFunctionMode):
                 self.outputs[id(value)].users.append(None)
 
 
-def _alone(call: _Call) -> bool:
-    """Whether one BatchNorm with fixed statistics is all that looks at a convolution."""
+def _alone(call: _Call, lasting: set[int]) -> bool:
+    """Whether one BatchNorm with fixed statistics is all that looks at a convolution. lasting: ids of the network's parameters and buffers; what a forward computes may be another the next time."""
     if len(call.users) != 1 or call.users[0] is None:
         return False
     norm = call.users[0]
-    return not norm.training and norm.mean is not None and norm.variance is not None and call.output.dim() == 4
+    return not norm.training and norm.mean is not None and norm.variance is not None and call.output.dim() == 4 and all(t is None or id(t) in lasting for t in norm.own)
 
 
 def _fold(weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm) -> Fold:
@@ -115,7 +123,7 @@ def _fold(weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm) -> Fold:
     exact = lambda t, default: torch.full_like(norm.mean, default, dtype=torch.float64) if t is None else t.detach().double()  # noqa: E731
     a = exact(norm.gamma, 1.0) / (norm.variance.double() + norm.eps).sqrt()
     shift = exact(norm.beta, 0.0) + a * (exact(bias, 0.0) - norm.mean.double())
-    return Fold((weight.detach().double() * a[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype), a.abs().to(torch.promote_types(weight.dtype, torch.float32)), norm.mean)
+    return Fold((weight.detach().double() * a[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype), a.abs().to(torch.promote_types(weight.dtype, torch.float32)), replace(norm, input=None))
 
 
 def looks_only(func) -> bool:

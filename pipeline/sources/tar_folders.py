@@ -34,7 +34,7 @@ class TarFolders(Source):
         return any(_image_path(f) for f in files) and not any(f.lower().endswith((".cls", ".json")) for f in files)
 
     def census(self, name: str, each: Each | None = None) -> Shard:
-        """Images of the archive from its headers alone. A handle is [byte offset (of a .tar.gz: its fingerprint), parts of a path above the
+        """Images of the archive from its headers alone. A handle is [[byte offset, digest of the headers up to the next mark] (of a .tar.gz: its fingerprint), parts of a path above the
         class folder, [[class, label], ...] of the samples up to the next mark]."""
         path, contents = os.path.join(self.root, name), _Contents()
         marks: list[tuple[int, object, dict]] = []
@@ -46,19 +46,19 @@ class TarFolders(Source):
                 marks.append((position, group.members[0].offset, {}))
             marks[-1][2][posixpath.dirname(group.key)] = None
 
-        samples, version = count(path, contents.key, note)
+        samples, version, digests = count(path, contents.key, note)
         contents.refuse_other_layouts(path)
         up = contents.above()
         label = labels_of(path, contents.folders(up), f"unpack it, and give the folder {'/'.join([*contents.shared(up), ''])}")
         start = fingerprint(path) if is_gzip(name) else None
-        handles = [(p, [start or offset, up, [list(pair) for pair in sorted({f.split("/")[up]: label[f.split("/")[up]] for f in folders}.items())]]) for p, offset, folders in marks]
+        handles = [(p, [start or [offset, digest], up, [list(pair) for pair in sorted({f.split("/")[up]: label[f.split("/")[up]] for f in folders}.items())]]) for (p, offset, folders), digest in zip(marks, digests)]
         return Shard(name, samples, version, tuple(handles))
 
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
         path = os.path.join(self.root, name)
         labels = dict(pair for _, (_, _, pairs) in marks for pair in pairs)
-        position, (at, above, _) = marks[0]
-        for group in groups(path, _key, lambda member: True, (position, at), start, stop):
+        above = marks[0][1][1]
+        for group in groups(path, _key, lambda member: True, [(position, at) for position, (at, _, _) in marks], start, stop):
             parts = group.key.split("/")[above:]
             if len(parts) < 2 or parts[0] not in labels:
                 raise BadRequest(f"{printable(path)} holds other files than when the run began: put the old file back, or begin another run")

@@ -15,7 +15,7 @@ import posixpath
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -149,22 +149,42 @@ def fingerprint(path: str) -> str:
         return f"{size}-{file.read().hex()}"
 
 
-def count(path: str, key: Key, each: Callable[[int, Group], None]) -> tuple[int, str]:
-    """(groups, digest of all members' names, sizes and times) of a tar, read to its end from its headers alone; `each` is shown every group.
+class Headers:
+    """Digests of what the headers of an archive say, one for every MARK_EVERY groups: their members' names, sizes, times and places."""
+
+    def __init__(self):
+        self.digests: list[str] = []
+        self.open = hashlib.sha256()
+
+    def add(self, group: Group) -> None:
+        self.open.update(repr([(m.name, m.size, m.mtime, m.offset) for m in group.members]).encode("utf-8", "surrogateescape"))
+
+    def close(self) -> str:
+        """Of what was added since the last time."""
+        self.digests.append(self.open.hexdigest()[:16])
+        self.open = hashlib.sha256()
+        return self.digests[-1]
+
+
+def count(path: str, key: Key, each: Callable[[int, Group], None]) -> tuple[int, str, list[str]]:
+    """(groups, digest of all headers, that of every MARK_EVERY groups) of a tar, read to its end from its headers alone; `each` is shown every group.
 
     Raises BadRequest naming the file if it cannot be read to its end.
     """
-    digest, walk = hashlib.sha256(), None
+    headers, walk = Headers(), None
     try:
         _refuse_misnamed(path)
-        if is_gzip(path):
-            digest.update(fingerprint(path).encode())
+        whole = fingerprint(path) if is_gzip(path) else ""
         walk = Walk(path, key, lambda name: False)
         for group in walk:
-            digest.update(repr([(m.name, m.size, m.mtime) for m in group.members]).encode("utf-8", "surrogateescape"))
+            headers.add(group)
             each(walk.position - 1, group)
+            if walk.position % MARK_EVERY == 0:
+                headers.close()
         walk.check_end()
-        return walk.position, digest.hexdigest()[:16]
+        if walk.position % MARK_EVERY:
+            headers.close()
+        return walk.position, hashlib.sha256("".join([whole, *headers.digests]).encode()).hexdigest()[:16], headers.digests
     except FAULTS as fault:
         raise BadRequest(f"{printable(path)} cannot be read to its end ({printable(fault)}): fetch it again or repack it, or leave it out of --source") from None
     finally:
@@ -185,23 +205,40 @@ def _refuse_misnamed(path: str) -> None:
         raise BadRequest(f"{printable(path)} is {'packed by gzip' if packing == 'gzip' else 'a plain tar'}, whatever its name says: rename it to {'.tar.gz' if packing == 'gzip' else '.tar'}")
 
 
-def groups(path: str, key: Key, holds: Callable[[str], bool], mark: tuple[int, object], start: int, stop: int) -> Iterator[Group]:
-    """Groups [start, stop) with their contents. `mark`: the position and byte offset of a header, or of a .tar.gz its fingerprint.
+def groups(path: str, key: Key, holds: Callable[[str], bool], marks: Sequence[tuple[int, object]], start: int, stop: int) -> Iterator[Group]:
+    """Groups [start, stop) with their contents. `marks`: the last at or before `start`, and those inside: the position of a group, and (byte offset of its first header, digest of
+    the headers up to the next mark), or of a .tar.gz its fingerprint.
 
-    Raises BadRequest if there are fewer of them, or if a .tar.gz is not the file of the census.
+    Raises BadRequest if there are fewer of them, or if it is not the file of the census: of a .tar.gz before any is given, of a .tar once the headers up to the mark behind them are read.
     """
-    position, handle = mark
+    position, handle = marks[0]
+    known, headers = dict(marks), Headers()
     if is_gzip(path):
         if fingerprint(path) != handle:
             raise _changed(path)
         walk = _unpark(path, handle, start) or Walk(path, key, holds)
     else:
-        walk = Walk(path, key, holds, handle, position)
+        walk = Walk(path, key, holds, handle[0], position)
     walk.hold_from = start
+
+    def check(group: Group | None) -> None:
+        """Where a stretch ends, it must say what it said to the census."""
+        if group:
+            headers.add(group)
+        if not is_gzip(path) and (not group or walk.position % MARK_EVERY == 0) and headers.close() != known[(walk.position - 1) // MARK_EVERY * MARK_EVERY][1]:
+            raise _changed(path)
+
     try:
         while walk.position < stop and (group := next(walk, None)):
+            check(group)
             if walk.position > start:
                 yield group
+        if not is_gzip(path) and walk.position >= stop:
+            walk.hold_from = float("inf")
+            while walk.position % MARK_EVERY:
+                check(group := next(walk, None))
+                if group is None:
+                    break
     except FAULTS as fault:
         raise BadRequest(f"{printable(path)} cannot be read on from sample {walk.position} ({printable(fault)}): fetch it again or repack it") from None
     finally:
