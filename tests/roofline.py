@@ -191,7 +191,7 @@ def draw() -> None:
         axes.plot([found.get(model, float("nan")) for model in NETWORKS], range(len(NETWORKS)), linestyle="none", marker=marker, markersize=9 if way == "fused" else 6, color=colour, label=name)
     axes.axvline(1, color="#1a1a1a", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xticks([1, 1.5, 2, 3, 5, 7], ["1", "1.5", "2", "3", "5", "7"])
+    axes.set_xticks([0.8, 1, 1.5, 2, 3, 5, 9], ["0.8", "1", "1.5", "2", "3", "5", "9"])
     axes.minorticks_off()
     axes.set_yticks(range(len(NETWORKS)), [f"{name}, {side} x {side}" for name, side in NETWORKS.items()])
     axes.invert_yaxis()
