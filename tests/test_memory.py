@@ -15,7 +15,8 @@ from jobs.chaos.processes import Job, running, strangers
 from shards import encoded, write_tar
 
 pytestmark = pytest.mark.processes
-SIDE, EACH = 512, 24  # a unit is EACH images of SIDE x SIDE pixels: 18.9 MB decoded
+SIDE, EACH = 512, 24  # a unit is EACH images of SIDE x SIDE pixels
+UNIT = EACH * SIDE * SIDE * 3 / 1e6  # MB decoded: 18.9
 SHARDS = 3
 STORE = 80 * 2**20  # bytes of Ray's object store: four units
 
@@ -55,18 +56,20 @@ def peaks(folder: Path, shards: int) -> tuple[dict[str, float], Path]:
     run, highest = folder / f"run-{shards}", {"driver": 0.0, "engine": 0.0, "decode worker": 0.0}
     words = ["extract", "--run", run, "--dataset", "val", "--source", folder / "shards", "--shards", shards, "--model", "network:Tiny", "--batch-size", 8, "--address", "local"]
     with running(folder, *words, env={"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(STORE)}) as job:
-        limit = time.monotonic() + 240
+        limit, listed, family = time.monotonic() + 240, 0.0, []
         while job.process.poll() is None and time.monotonic() < limit:
-            look(job, highest)
-            time.sleep(0.1)
+            if time.monotonic() > listed + 0.5:  # to list them takes longer than a decode worker is at its peak
+                family, listed = [job.process, *job.family()], time.monotonic()
+            look(job, family, highest)
+            time.sleep(0.01)
         assert job.wait(1) == 0, job.stderr()
         assert strangers(job.stderr(), "val") == []
     return highest, run
 
 
-def look(job: Job, highest: dict[str, float]) -> None:
+def look(job: Job, family: list[psutil.Process], highest: dict[str, float]) -> None:
     """Raise `highest` to what the job's processes hold now: private memory, since the object store is mapped into all of them."""
-    for process in [job.process, *job.family()]:
+    for process in family:
         try:
             title = " ".join(process.cmdline())
             kind = "driver" if process.pid == job.process.pid else "engine" if "_Writer" in title else "decode worker" if "_decode" in title else None
@@ -85,4 +88,4 @@ def test_eight_times_the_shards_need_the_same_memory(folder):
     assert 8 * SHARDS * EACH * SIDE * SIDE * 3 > 5 * STORE
     for kind in few:
         assert few[kind] > 20, "each of them was seen at work"
-        assert many[kind] <= 1.15 * few[kind] + 20, (kind, few, many)
+        assert many[kind] <= 1.15 * few[kind] + 2 * UNIT, (kind, few, many)  # what is kept of each unit would be ten of them or more
