@@ -146,6 +146,8 @@ class _Sink(TorchFunctionMode):
         stride, dilation = _pair(stride), _pair(dilation)
         if isinstance(padding, str):
             input, padding = _pad_same(input, weight, dilation) if padding == "same" else input, (0, 0)
+        if tuple(weight.shape[2:]) == (1, 1) and _pair(padding) == (0, 0) and stride != (1, 1):  # what it reads, alone: a strided backward pass takes thrice as long
+            input, stride = input[..., :: stride[0], :: stride[1]].contiguous(), (1, 1)
         fold = self.folds.get(layer)
         if fold:
             weight, bias = fold.weight, fold.bias

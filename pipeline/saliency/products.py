@@ -10,14 +10,14 @@ sign(g) / n: the signs alone are kept, a byte each, and the same two products le
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from pipeline.saliency import kernels
 
-GRADIENTS = 2**20  # per-sample gradient numbers held at once on a CPU: 4 MiB in float32
+GRADIENTS = 5 * 2**18  # per-sample gradient numbers held at once on a CPU: 5 MiB in float32
 MAPS = 2**19  # numbers of the maps that one wide image is made of there
 MANY_WEIGHTS = 2**18  # above it, im2col beats the convolution's own gradient on a CPU where there are fewer positions than
 FEW_POSITIONS = 196
@@ -41,7 +41,7 @@ def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, a
 
 def by_products(input, gradient, shape, stride, padding, dilation, groups, aggregation) -> torch.Tensor:
     """The same by torch's own products, a slice of samples at a time."""
-    parts = [_reduced(found, aggregation) for _, found in _weight_gradients(input, gradient, (shape, stride, padding, dilation, groups))]
+    parts = _of_weight_gradients(input, gradient, (shape, stride, padding, dilation, groups), lambda found: _reduced(found, aggregation))
     return torch.cat(parts) if parts else gradient.new_zeros(gradient.shape[:2])
 
 
@@ -50,13 +50,16 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, gradient, geometry, aggregation):
-        parts, signs = [gradient.new_zeros(0, gradient.shape[1])], []
-        for _, found in _weight_gradients(input, gradient, geometry):
+        signs = []
+
+        def take(found):
             signs.append((found if aggregation == "abs" else found.mean(2, keepdim=True)).sign().to(torch.int8))
-            parts.append(_reduced(found, aggregation))
+            return _reduced(found, aggregation)
+
+        parts = _of_weight_gradients(input, gradient, geometry, take)
         ctx.save_for_backward(input, gradient, *signs)
         ctx.geometry = geometry
-        return torch.cat(parts)
+        return torch.cat([gradient.new_zeros(0, gradient.shape[1]), *parts])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -85,16 +88,21 @@ def _way(input, gradient, geometry) -> tuple[bool, list[slice]]:
         step = 1
     else:
         step = min(GRADIENTS // weights, MAPS // max(1, input[0].numel()))
-    return matrices, [slice(start, start + max(1, step)) for start in range(0, len(input), max(1, step))]
+    step = 2 ** (max(1, step).bit_length() - 1)  # slices of one size, where a batch is a power of two
+    return matrices, [slice(start, start + step) for start in range(0, len(input), step)]
 
 
-def _weight_gradients(input, gradient, geometry) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(samples, their weight gradients [b, O, I / groups * k * k], float32 or float64), slice after slice; what is given may be changed, and is gone with the next."""
+def _of_weight_gradients(input, gradient, geometry, take: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    """`take` of the weight gradients [b, O, I / groups * k * k], float32 or float64, of slice after slice of the samples.
+
+    `take` may change what it gets and must not keep it: the memory serves the next slice, since new memory costs as much as a product.
+    """
     if not len(input):
-        return
+        return []
     shape, stride, padding, dilation, groups = geometry
     matrices, slices = _way(input, gradient, geometry)
-    out = columns = None
+    out = columns = weight = None
+    parts = []
     for at in slices:
         saw, gave = input[at], gradient[at]
         if matrices:
@@ -102,10 +110,12 @@ def _weight_gradients(input, gradient, geometry) -> Iterator[tuple[slice, torch.
             columns = _columns(saw, gave, geometry, columns)
             found = torch.bmm(gave.flatten(2), columns.transpose(1, 2), out=out)
         else:  # samples become groups of one image of b * I channels
-            weight = saw.new_empty((len(saw) * shape[0], *shape[1:]))
+            weight = saw.new_empty((len(saw) * shape[0], *shape[1:])) if weight is None else weight[: len(saw) * shape[0]]
             found = torch.ops.aten.convolution_backward(_wide(gave), _wide(saw), weight, None, stride, padding, dilation, False, (0, 0), len(saw) * groups, (False, True, False))[1]
             found = found.reshape(len(saw), shape[0], -1)
-        yield at, found if found.dtype == torch.float64 else found.float()
+        parts.append(take(found if found.dtype == torch.float64 else found.float()))
+        del found
+    return parts
 
 
 def _reduced(found, aggregation) -> torch.Tensor:
