@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from jobs import evidence
+from jobs import evidence, signals
 from jobs.bench import command as benchmarks
+from jobs.environment import WAITING
 from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines
 from jobs.progress import say, stages
 from pipeline.errors import BadRequest, Fault, Stopped, printable
@@ -267,15 +267,16 @@ def chaos(
 
 def main() -> None:
     """The console script: runs the command and turns every ending into its exit code and a message of one to three lines."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # engines share their cores with decoders: threads that spin while they wait cost all of them
-    signal.signal(signal.SIGTERM, _terminate)
+    for name, value in WAITING.items():
+        os.environ.setdefault(name, value)
+    signals.hear(writes=sys.argv[1:2] not in ([verb] for verb in ASKING))
     try:
         code = _run()
         sys.stdout.flush()
     except Fault as fault:
         code = _end(str(fault), fault.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _end("stopped; nothing was written, and the same command begins again" if sys.argv[1:2] in ([verb] for verb in ASKING) else "stopped; what is done is kept, and the same command resumes", Stopped.exit_code)
+        code = _end(f"stopped; {signals.left}", Stopped.exit_code)
     except typer.exceptions.TyperException as fault:
         text = fault.format_message()
         code = _end(printable(text) + " (--help of the verb lists what it takes)", 2) if not text.startswith("Usage:") else say(text) or 2
@@ -317,11 +318,6 @@ def _without_pandas() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(NoPandas)
-
-
-def _terminate(*_: object) -> None:
-    """SIGTERM ends a job as Ctrl-C does, also where SIGINT is ignored, as in a shell's background."""
-    raise KeyboardInterrupt
 
 
 def _unforeseen(defect: Exception) -> int:

@@ -24,6 +24,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from jobs.environment import WAITING
 from jobs.progress import last_words, say
 from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.units import Unit
@@ -36,7 +37,6 @@ At = Callable[[str], AbstractContextManager]
 
 SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless one is asked for
 DECODE_CPUS = 0.5  # that a decode task reserves
-SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE"}  # of every worker: threads that spin beside decoders cost up to 20 times
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 ANSWER = 10.0  # seconds in which a cluster's head accepts a connection
 STARTS = 3  # times that Ray is started on this machine before it is given up
@@ -160,14 +160,14 @@ def _join(ray, address: str) -> None:
         if host and port.isdecimal():
             socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
         with _muted(), own_sigterm():
-            ray.init(address=address, runtime_env={"env_vars": SETTINGS}, **QUIET)
+            ray.init(address=address, runtime_env={"env_vars": WAITING}, **QUIET)
     except Exception as fault:
         raise BadRequest(f"--address: no Ray cluster can be joined at {printable(address)} ({_reason(fault)}); start one with ray start --head, or use --address local") from None
 
 
 def _start_here(ray) -> None:
     """Ray on this machine. Its servers have 30 seconds to come up, which a busy machine does not always give them: it is tried again. Raises Stopped."""
-    os.environ.update(SETTINGS)  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
+    os.environ.update(WAITING)  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
     for left in reversed(range(STARTS)):
         try:
             with _muted(), own_sigterm():
@@ -181,27 +181,30 @@ def _start_here(ray) -> None:
 
 
 def _watch(ray) -> None:
-    """From now on, where the raylet beside this process ends while it is needed, this process says so and ends with exit code 4: what is committed stays.
+    """From now on, where one of Ray's servers beside this process ends while it is needed, this process says so and ends with exit code 4: what is committed stays.
 
-    Ray's core would end it too, from within, with exit code 1 and no word, but seconds later, when it next has something to write to the object store, which lives in the raylet.
+    Ray's core would end it too, from within, with exit code 1 and no word, but later: without the raylet, in which the object store lives, when it next has something to write
+    there; without the control server, which is looked at where it was started here, after a minute.
     """
     node = ray._private.worker.global_worker.node
     if node is None:
         return  # a client of a cluster elsewhere has no raylet beside it
 
-    def wait() -> None:
+    def raylet() -> None:
         with socket.socket(socket.AF_UNIX) as line:
-            try:
-                line.connect(node.plasma_store_socket_name)
-            except OSError:
-                return  # nothing to hear it by
-            with suppress(OSError):
-                line.recv(1)  # nothing is ever said here: it returns when the other end is gone
-        if ray.is_initialized() and ray._private.worker.global_worker.node is node and not broken:
-            last_words("faultline: Ray's server on this machine (its raylet) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes")
-            os._exit(Stopped.exit_code)
+            line.connect(node.plasma_store_socket_name)
+            line.recv(1)  # nothing is ever said here: it returns when the other end is gone
 
-    threading.Thread(target=wait, daemon=True).start()
+    def watch(name: str, wait: Callable[[], object]) -> None:
+        with suppress(OSError):
+            wait()
+            if ray.is_initialized() and ray._private.worker.global_worker.node is node and not broken:
+                last_words(f"faultline: Ray's server on this machine (its {name}) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes")
+                os._exit(Stopped.exit_code)
+
+    threading.Thread(target=watch, args=("raylet", raylet), daemon=True).start()
+    for control in node.all_processes.get("gcs_server", []):
+        threading.Thread(target=watch, args=("control server", control.process.wait), daemon=True).start()
 
 
 def leave(code: int) -> None:

@@ -257,15 +257,12 @@ def images_of(samples: list[Sample], preprocessing: Preprocessing, device: str) 
 
 def network_of(run: Path, device: str) -> tuple[Manifest, torch.nn.Module]:
     """A run's network on a device, from the run directory alone. Sets the process's threads and precision, as run.json says."""
-    import torch
-
     from pipeline import models
-    from pipeline.saliency import set_precision
+    from pipeline.saliency import prepare_process
 
     manifest = Manifest.read(run)
     models.reach(manifest.import_root)
-    torch.set_num_threads(manifest.threads)
-    set_precision(manifest.precision)
+    prepare_process(manifest.threads, manifest.precision)
     return manifest, models.restore(manifest.model, run / "weights.safetensors", manifest.saved_sha256).to(device)
 
 

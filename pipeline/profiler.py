@@ -24,7 +24,7 @@ from pipeline import models
 from pipeline.errors import printable
 from pipeline.manifest import Manifest
 from pipeline.samples import Sample
-from pipeline.saliency import make_engine, set_precision
+from pipeline.saliency import make_engine, prepare_process
 from pipeline.saliency.loss import cross_entropy
 from pipeline.store import MADE_BY, REJECTS, profiles_schema
 
@@ -33,8 +33,7 @@ class Profiler:
     """A run's network on one device. One a process: it sets the process's threads and precision, as run.json says."""
 
     def __init__(self, manifest: Manifest, network: torch.nn.Module, device: str):
-        torch.set_num_threads(manifest.threads)
-        set_precision(manifest.precision)
+        prepare_process(manifest.threads, manifest.precision)
         self.manifest, self.device = manifest, torch.device(device)
         self.most = manifest.batch_size  # rows that fit into memory at once, as far as is known
         self.engine = make_engine(manifest.engine, network.to(self.device), manifest.aggregation)

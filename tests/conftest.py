@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does: threads that spin while they wait cost the others
+from jobs.environment import WAITING
+
+os.environ.update({name: value for name, value in WAITING.items() if name not in os.environ})  # as the command does, before torch comes
 
 # The same examples on every run, so that what passes here passes everywhere; `make fuzz` looks for others.
 settings.register_profile("house", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

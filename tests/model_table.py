@@ -143,9 +143,11 @@ def measure(name: str, data: Path) -> dict:
 def main(asked: list[str]) -> None:
     """Compute what is missing, a row at a time."""
     sys.path.insert(0, str(ROOT))
-    from pipeline.saliency import set_precision
+    import torch
 
-    set_precision("fp32")
+    from pipeline.saliency import prepare_process
+
+    prepare_process(torch.get_num_threads(), "fp32")
     data = Path(os.environ["FAULTLINE_DATA"])
     done = {row["model"] for row in rows()}
     for name in asked or names():

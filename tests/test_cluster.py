@@ -134,15 +134,16 @@ def test_where_ray_has_failed_the_exit_code_is_ours(broken, code):
 
 
 @pytest.mark.processes
-def test_a_job_whose_own_raylet_is_killed_says_so_and_resumes(tmp_path):
-    """Exit code 4 and a sentence, at once; Ray's core, left alone, ends the process seconds later with 1 and no word. Nothing of Ray stays, and the same command completes."""
+@pytest.mark.parametrize("server, name", [("raylet", "raylet"), ("gcs_server", "control server")])
+def test_a_job_whose_own_server_of_rays_is_killed_says_so_and_resumes(server, name, tmp_path):
+    """Exit code 4 and a sentence, at once; Ray's core, left alone, ends the process seconds or a minute later with 1 and no word. Nothing of Ray stays, and the same command completes."""
     sources, here = tiny.make_sources(tmp_path / "sources"), {"PYTHONPATH": tiny.surroundings()["PYTHONPATH"]}
     command = ["extract", "--run", tmp_path / "run", "--dataset", "val", "--source", sources / "val", "--model", tiny.MODEL]
     with running(tmp_path, *command, "--address", "local", env=here) as job:
         job.until(lambda: "waiting for the first unit" in job.stderr())
-        next(p for p in job.family() if p.name() == "raylet").kill()
+        next(p for p in job.family() if p.name() == server).kill()
         assert job.wait(20) == 4, job.stderr()
-        assert ending(job.stderr()) == "faultline: Ray's server on this machine (its raylet) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes\n"
+        assert ending(job.stderr()) == f"faultline: Ray's server on this machine (its {name}) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes\n"
         assert strangers(job.stderr(), "val") == [] and job.stdout() == "" and [title for title in job.left_over(30) if "Agent" not in title] == []
     assert finished(tmp_path, *command, env=here)[0] == 0
     assert Store(tmp_path / "run").progress("val").done == 60

@@ -9,7 +9,7 @@ import torch
 
 from pipeline import models
 from pipeline.filters import FilterLayout
-from pipeline.saliency import choose_engine, make_engine, set_precision
+from pipeline.saliency import choose_engine, make_engine, prepare_process
 from pipeline.samples import decode
 from pipeline.sources import open_source
 from pipeline.statistics import import_published
@@ -34,8 +34,7 @@ def batch(data, shard, count, classifier):
 )
 def test_real_images(data, engine, model, weights, shard, count, bound):
     """90% of the samples within the interface's bound, all of them within ten times that."""
-    torch.set_num_threads(2)
-    set_precision("fp32")
+    prepare_process(2, "fp32")
     classifier = models.load(model, str(data / weights), None)
     images, labels = batch(data, shard, count, classifier)
     assert choose_engine(classifier.network, images[:2])[0] == "fused"

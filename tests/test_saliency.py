@@ -2,6 +2,10 @@
 
 import copy
 import functools
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -24,8 +28,7 @@ ANIMALS = [pytest.param(animal, id=animal.id) for animal in zoo.ZOO]
 
 @pytest.fixture(autouse=True, scope="module")
 def fp32():
-    torch.set_num_threads(1)
-    saliency.set_precision("fp32")
+    saliency.prepare_process(1, "fp32")
 
 
 @functools.cache
@@ -327,3 +330,18 @@ def test_rounding_at_a_kink_is_no_objection():
     assert fused._errors(network, layout, images[:1], label)[0] > fused.TOLERANCE, "the case is one"
     assert choose_engine(network, images) == ("fused", "every 4-D weight is used in one convolution")
     assert all(value.dtype == before[name].dtype and torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's malloc")
+def test_a_process_that_computes_gets_its_memory_from_the_system_once():
+    script = """
+import resource, torch
+from pipeline.saliency import prepare_process
+prepare_process(1, "fp32")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(9):
+    before = faults()
+    torch.ones(2**22).sum()  # 16 MiB, 4,096 pages
+assert faults() - before < 100, faults() - before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1], timeout=120)

@@ -176,7 +176,7 @@ def call(*words: object) -> Ended:
     from jobs.cli import main
 
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with mock.patch.object(sys, "argv", ["faultline", *map(str, words)]), redirect_stdout(out), redirect_stderr(err):
             main()
@@ -184,7 +184,8 @@ def call(*words: object) -> Ended:
         out.flush()
         return Ended(end.code or 0, out.buffer.getvalue(), err.getvalue())
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 COMMAND = Path(sys.executable).with_name("faultline")

@@ -24,7 +24,7 @@ from jobs.bench.peers import PEERS, peer
 from jobs.progress import say
 from pipeline import models
 from pipeline.errors import BadRequest, printable
-from pipeline.saliency import make_engine, set_precision
+from pipeline.saliency import make_engine, prepare_process
 from pipeline.saliency.fused import objection
 from pipeline.saliency.loss import cross_entropy
 from pipeline.saliency.vmap import reduce_filters
@@ -70,8 +70,7 @@ def bench_engine(names: list[str], batch_size: int | None, device: str | None, p
     if strange:
         raise BadRequest(f"--engines: '{printable(strange[0])}' is not one of {', '.join(known)}")
     networks = {name: models.build(name) for name in names}  # a mistyped name is told before anything is measured
-    torch.set_num_threads(cluster.threads_of_an_engine())
-    set_precision(precision)
+    prepare_process(cluster.threads_of_an_engine(), precision)
     return [row for name in names for row in _network(name, networks.pop(name), batch_size, device, precision, rounds, contenders)]
 
 

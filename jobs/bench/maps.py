@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 
 from jobs import cluster
 from jobs.bench.engine import step, subject
@@ -15,7 +14,7 @@ from pipeline import models
 from pipeline.errors import BadRequest
 from pipeline.explanation.input_saliency import InputSaliency
 from pipeline.filters import FilterLayout
-from pipeline.saliency import set_precision
+from pipeline.saliency import prepare_process
 from pipeline.statistics import Reference
 
 MODELS = ("resnet50", "squeezenet1_1", "resnet56")
@@ -27,8 +26,7 @@ def bench_maps(names: list[str], device: str | None, rounds: int) -> list[Measur
     if rounds < 1:
         raise BadRequest(f"--rounds: {rounds} is less than 1")
     device = cluster.device_for(device, None)
-    torch.set_num_threads(cluster.threads_of_an_engine())
-    set_precision("fp32")
+    prepare_process(cluster.threads_of_an_engine(), "fp32")
     found = []
     for name in names:
         images, labels, network = subject(name, models.build(name), None, device)

@@ -147,6 +147,17 @@ def cut(shards: list[Path], folder: Path) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
+def turned(shard: bytes, by: int) -> bytes:
+    """The same samples in another order, as many bytes."""
+    with tarfile.open(fileobj=io.BytesIO(shard)) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, content in members[2 * by :] + members[: 2 * by]:
+            tar.addfile(member, io.BytesIO(content))
+    return made.getvalue()
+
+
 class SmallDisk:
     """A file system with little room, where this process may mount one; `free` makes room."""
 

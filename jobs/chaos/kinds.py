@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import psutil
 
-from jobs.chaos.ground import EACH, SHARDS, SMALL_DISK, SmallDisk, index_words, prune_words
+from jobs.chaos.ground import EACH, SHARDS, SMALL_DISK, SmallDisk, index_words, prune_words, turned
 from jobs.chaos.processes import Job
 from jobs.chaos.rounds import Round, sample_of
 
@@ -52,6 +52,19 @@ def interrupted(r: Round) -> None:
     r.start()
     r.detail = f"{what.name} after {r.after_some()} units"
     r.job.process.send_signal(what)
+    r.end(4, 0)
+
+
+def stopped_twice(r: Round) -> None:
+    """SIGINT, and SIGTERM before the job has taken leave."""
+    r.bound = 1
+    r.slow()
+    r.start()
+    r.detail = f"after {r.after_some()} units"
+    r.job.process.send_signal(signal.SIGINT)
+    time.sleep(r.chance.uniform(0, 0.3))
+    with suppress(psutil.NoSuchProcess):
+        r.job.process.send_signal(signal.SIGTERM)
     r.end(4, 0)
 
 
@@ -127,6 +140,24 @@ def source_cut(r: Round) -> None:
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def source_changed(r: Round) -> None:
+    """A shard whose samples change places after it was counted, size and times as before, and then back."""
+    shard, point = r.ground.source / r.shard(), r.chance.choice(["census.renamed", "decode"])
+    whole, times = shard.read_bytes(), shard.stat()
+    r.detail = f"{shard.name} at {point}"
+    r.plant(point, "stop", shard=shard.name if point == "decode" else None)
+    r.start()
+    try:
+        r.job.until(lambda: r.job.process.status() == "stopped", 120)
+        shard.write_bytes(turned(whole, r.chance.randrange(1, EACH)))
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+        r.job.process.send_signal(signal.SIGCONT)
+        r.end(4)
+    finally:
+        shard.write_bytes(whole)
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 def second_job(r: Round) -> None:
     """The same command twice at once: one does it, the other is told so."""
     r.slow()
@@ -176,6 +207,18 @@ def _other_verb(r: Round, points: tuple[str, ...], words: Callable, results: lis
             mine = r.run / file.relative_to(r.ground.reference)
             if not mine.exists() or mine.read_bytes() != file.read_bytes():
                 r.foul.append(f"{mine.name} is not that of the undisturbed run")
+
+
+def server_killed(r: Round) -> None:
+    """SIGKILL to the raylet or the control server that a job with Ray has started beside itself."""
+    r.ground.begun(r.run)
+    r.more, r.bound = ["--address", "local", "--actors", 1], 1
+    r.slow()
+    r.start()
+    name = r.chance.choice(["raylet", "gcs_server"])
+    r.detail = f"{name} after {r.after_some()} units"
+    next(p for p in r.job.family() if p.name() == name).kill()
+    r.end(4, 0)
 
 
 # ---- on a cluster --------------------------------------------------------------------------------------------------------
@@ -277,7 +320,8 @@ def _hurt(r: Round, *words: str) -> None:
 KINDS: dict[str, Callable[[Round], None]] = {
     function.__name__.replace("_", " "): function
     for function in (
-        killed_at_a_point, killed, interrupted, paused, disk_full, source_errors, source_stalls, source_cut, second_job, poison, index_killed, experiment_killed,
+        killed_at_a_point, killed, interrupted, stopped_twice, paused, disk_full, source_errors, source_stalls, source_cut, source_changed, second_job, poison, index_killed, experiment_killed,
+        server_killed,
         cluster_driver, cluster_engine, cluster_engine_at_a_point, cluster_decoder, cluster_node, cluster_paused, cluster_hung, cluster_source_errors, cluster_poison,
     )
 }  # fmt: skip

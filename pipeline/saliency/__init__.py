@@ -12,12 +12,16 @@ eval mode, and both leave the network as they found it.
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import torch
 
 from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
 
 
 class Saliency(NamedTuple):
@@ -80,7 +84,16 @@ def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
     return logits.shape[1]
 
 
-def set_precision(precision: str) -> None:
-    """Make this process compute at `fp32` (no TF32 anywhere) or `tf32`; `bf16` is fp32 here and autocast in the profiler."""
+def prepare_process(threads: int, precision: str) -> None:
+    """Make this process one that computes: with so many threads, at `fp32` (no TF32 anywhere) or `tf32` (`bf16` is fp32 here and autocast in the profiler).
+
+    Memory that it frees stays its own, up to 32 MiB at a time and where the C library is glibc: the next batch needs it again at once, and pages that the system clears anew
+    cost a quarter of the time of a small network.
+    """
+    torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(MMAP_THRESHOLD, 2**25)  # the most that it takes: larger ones go back, and leave no holes

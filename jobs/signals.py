@@ -1,0 +1,39 @@
+"""How a command is told to stop, by Ctrl-C or by SIGTERM as schedulers do: once, and it takes leave; twice, and it ends where it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+
+from pipeline.errors import Stopped
+
+WRITES, ASKS = "what is done is kept, and the same command resumes", "nothing was written, and the same command begins again"
+left = WRITES  # what the command of this process leaves when it is stopped
+
+
+def hear(writes: bool) -> None:
+    """From now on a signal raises KeyboardInterrupt in the main thread, and a second one ends the process. writes: whether the command writes anything but its answer."""
+    global left
+    left = WRITES if writes else ASKS
+    _answer(_stop)
+
+
+def _answer(handler: Callable[..., None]) -> None:
+    signal.signal(signal.SIGTERM, handler)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a shell's background
+        signal.signal(signal.SIGINT, handler)
+
+
+def _stop(*_: object) -> None:
+    """The first time, a job takes leave of its files, its processes and Ray."""
+    _answer(_at_once)
+    raise KeyboardInterrupt
+
+
+def _at_once(*_: object) -> None:
+    """The second time it does not wait for that."""
+    with suppress(OSError):
+        os.write(2, f"\nfaultline: stopped at once; {left}\n".encode())
+    os._exit(Stopped.exit_code)
