@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from collections.abc import Callable
@@ -18,9 +19,10 @@ def hear(writes: bool) -> None:
     global left
     left = WRITES if writes else ASKS
     _answer(_stop)
+    atexit.register(_answer, signal.SIG_IGN)  # what is registered first comes last: Python is being taken down, without handlers, and the exit code is decided
 
 
-def _answer(handler: Callable[..., None]) -> None:
+def _answer(handler: Callable[..., None] | signal.Handlers) -> None:
     signal.signal(signal.SIGTERM, handler)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a shell's background
         signal.signal(signal.SIGINT, handler)
