@@ -113,7 +113,7 @@ def write(path: Path, about: About, sections: list[Section], found: list[tuple[C
     try:
         replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as fault:
-        raise BadRequest(f"{printable(path)} cannot be written ({printable(fault)}): put that right and give the same command again") from None
+        raise BadRequest(f"{printable(path)} cannot be written ({printable(fault.strerror or fault)}): put that right and give the same command again") from None
 
 
 def render(about: About, sections: list[Section], found: list[tuple[Claim, Finding]]) -> str:

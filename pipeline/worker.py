@@ -94,7 +94,7 @@ class UnitWriter:
                 self.store.commit(unit, profiles, aside)
                 rejects = aside.num_rows
             except OSError as error:
-                fault, refused = f"{printable(self.store.run)} cannot be written: {printable(error)}", True
+                fault, refused = f"{printable(error.filename or self.store.run)} cannot be written: {printable(error.strerror or error)}", True
             except Exception as error:
                 text = str(error).strip().splitlines()
                 fault = f"{printable(unit.shard)} {unit.start}..{unit.stop}: {type(error).__name__}: {printable(text[0] if text else '')[:300]}"

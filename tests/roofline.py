@@ -169,7 +169,20 @@ def tables() -> dict[str, str]:
         for row in json.loads(file.read_text(encoding="utf-8")):
             floor = f"{row['beside']} | {_short(row['floor'])} {row['unit']} | {row['ratio']:.2f}" if row["floor"] is not None else " | | "
             line.append(f"| {title}: {row['what']} | {_short(row['value'])} {row['unit']} | {floor} |")
-    return {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory)}
+    return {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory), "process": process()}
+
+
+def process() -> str:
+    """What the settings of a process are worth, from docs/data/performance/process.json (tests/bench_process.py): rates over those of the settings as they are, alone."""
+    rows = json.loads((DATA / "process.json").read_text(encoding="utf-8"))
+    ways = {("0", True): "threads sleep at once", ("10000", True): "10,000 turns", ("", True): "libgomp's own", ("1000", False): "as set, memory given back"}
+    lines = ["| network | | as set, images/s | " + " | ".join(ways.values()) + " |", "|---|---|---:|" + "---:|" * len(ways)]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = {(row["beside"], row["turns"], row["kept"]): row["images_per_s"] for row in rows if row["model"] == model}
+        for beside in (False, True):
+            unit = found[beside, "1000", True]
+            lines.append(f"| {model} | {'beside a busy process' if beside else 'alone'} | {unit:,.0f} | " + " | ".join(f"{found[(beside, *way)] / unit:.2f}" for way in ways) + " |")
+    return "\n".join(lines)
 
 
 def _short(value: float) -> str:
