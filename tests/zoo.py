@@ -271,6 +271,7 @@ ZOO = [
     Animal("asymmetric", plain(conv(3, 6, (1, 5), padding=(0, 2)), RELU, conv(6, 4, (5, 1), padding=(3, 0)))),
     Animal("reflect", plain(conv(3, 6, 3, padding=1, padding_mode="reflect"), RELU, conv(6, 4, 3, padding=1, padding_mode="circular"))),
     Animal("pointwise", plain(conv(3, 6, 1), RELU, conv(6, 4, 1, stride=2))),
+    Animal("pointwise-strides", plain(conv(3, 6, 1), RELU, conv(6, 6, 1, stride=(2, 1), groups=3), RELU, conv(6, 4, 1, stride=(1, 2), padding="valid"))),
     Animal("many-weights", plain(conv(3, 90, 3, stride=2), RELU, conv(90, 90, 3, stride=2, padding=1), RELU)),
     Animal("many-weights-dilated", plain(conv(3, 90, 1), RELU, conv(90, 90, (5, 2), dilation=(2, 1), padding=(4, 0), bias=False), RELU)),
     Animal("many-pointwise", plain(conv(3, 260, 1, stride=4), RELU, conv(260, 260, 1), RELU)),
