@@ -28,6 +28,7 @@ def test_the_step_is_always_there_and_a_network_without_a_fused_engine_says_why(
 @pytest.mark.parametrize(
     "words, message",
     [
+        (("--models", " ,"), "--models: names nothing; leave it out for resnet50,"),
         (("--models", "resnet5"), "there is no 'resnet5'"),
         (("--models", "resnet20", "--engines", "fast"), "--engines: 'fast' is not one of step"),
         (("--models", "resnet20", "--precision", "fp8"), "--precision: 'fp8'"),

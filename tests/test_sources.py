@@ -237,6 +237,25 @@ def test_a_shard_that_changes_while_a_job_runs_is_refused(tmp_path, changed, int
         assert list(source.read(shard.marks_for(*interval), name, *interval)) == whole
 
 
+@pytest.mark.parametrize("kind", ["cls", "json"])
+@pytest.mark.parametrize("interval", [(0, 200), (100, 101), (128, 200)])
+def test_labels_that_change_under_the_same_headers_are_another_file(tmp_path, kind, interval):
+    """As a packer that sets no times writes it: a label of one digit for another."""
+    label = lambda number: b"%d" % number if kind == "cls" else b'{"label": %d}' % number  # noqa: E731
+    write = lambda at: shards.write_tar(tmp_path / "a.tar", [member for i in range(200) for member in ((f"{i}.jpg", b"J" * 600), (f"{i}.{kind}", label(1 + (i == at))))])  # noqa: E731
+    source, (name,) = open_source(str(write(-1)))
+    shard = source.census(name)
+    whole = shards.samples(source, name, *interval)
+    assert source.census(name) == shard and list(source.read(shard.marks_for(*interval), name, *interval)) == whole
+    write(130)
+    assert source.census(name).version != shard.version
+    if interval[1] > 128:
+        with pytest.raises(BadRequest, match="a.tar is another file than when the run began"):
+            list(source.read(shard.marks_for(*interval), name, *interval))
+    else:
+        assert list(source.read(shard.marks_for(*interval), name, *interval)) == whole
+
+
 def test_shard_that_shrank_since_the_census_is_refused(tmp_path):
     """A reader counts on; a unit is never made of fewer samples than it stands for."""
     source, (name,) = open_source(str(shards.write_shard(tmp_path / "a.tar", [0, 1, 2])))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Optional
 
 import typer
 
 from jobs.options import Device, Record
+from pipeline.errors import BadRequest
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Timings, as ratios in one run.")
 
@@ -26,8 +28,7 @@ def engine(
     from jobs.bench import engine as bench
 
     output.check_format(format, ("table", "json"))
-    words = lambda text, default: [w.strip() for w in text.split(",") if w.strip()] if text else list(default)  # noqa: E731
-    rows = bench.bench_engine(words(networks, bench.MODELS), batch_size, device, precision, rounds, words(engines, bench.CONTENDERS))
+    rows = bench.bench_engine(_words("--models", networks, bench.MODELS), batch_size, device, precision, rounds, _words("--engines", engines, bench.CONTENDERS))
     output.timings(list(bench.records(rows)), format)
 
 
@@ -58,7 +59,7 @@ def maps(
     from jobs.bench.maps import MODELS, bench_maps
 
     output.check_format(format, ("table", "json"))
-    output.measures(bench_maps([w.strip() for w in networks.split(",") if w.strip()] if networks else list(MODELS), device, rounds), format)
+    output.measures(bench_maps(_words("--models", networks, MODELS), device, rounds), format)
 
 
 @app.command()
@@ -78,3 +79,12 @@ def pipeline(
 
     output.check_format(format, ("table", "json"))
     output.measures(bench_pipeline(source, model, weights, preprocess, max_samples, device, actors), format)
+
+
+def _words(option: str, text: str | None, default: Sequence[str]) -> list[str]:
+    """Those of a list with commas, or the default ones. Raises BadRequest for a list of none."""
+    if text is None:
+        return list(default)
+    if not (found := [word.strip() for word in text.split(",") if word.strip()]):
+        raise BadRequest(f"{option}: names nothing; leave it out for {','.join(default)}")
+    return found

@@ -1,6 +1,6 @@
 """THE list of faults: what is done to a job, and how much of its work may be done again for it. A kind starts the job, hurts it, and waits for its end.
 
-Kinds whose names begin with `cluster` run on a cluster of two nodes; the others in one process, as small jobs do.
+Kinds whose names begin with `cluster` run on a cluster of two nodes, `server killed` with Ray of its own; the others in one process, as small jobs do.
 """
 
 from __future__ import annotations

@@ -27,7 +27,14 @@ EMPTY = 10240  # bytes of a tar without members, all of them zeros
 PARKED = 4  # streams that a process keeps open
 FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError)  # what damaged archives make their reader raise
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+MOST_LABEL = 1 << 20  # bytes of a label that is held against the census
 Key = Callable[[tarfile.TarInfo], str]
+Which = Callable[[str], bool]
+
+
+def none(name: str) -> bool:
+    """No member."""
+    return False
 
 
 def is_gzip(name: str) -> bool:
@@ -88,13 +95,14 @@ class Walk:
     """Iterates the groups of a tar; `position` is the number of the next one. Contents are held from group `hold_from` on.
 
     `key(member)` -> the group that a member belongs to, or "" for one that is no part of any, as folders and devices are.
-    `holds(member name)`: whether the content of a regular member is wanted. At most one group is in memory, and the first member of the next.
+    `holds(member name)`: whether the content of a regular member is wanted; `labels(member name)`: whether it is wanted of every group, as far as it is small.
+    At most one group is in memory, and the first member of the next.
     """
 
-    def __init__(self, path: str, key: Key, holds: Callable[[str], bool], offset: int = 0, position: int = 0):
+    def __init__(self, path: str, key: Key, holds: Which, labels: Which = none, offset: int = 0, position: int = 0):
         self.file = Forward(path, offset)
         self.position, self.hold_from = position, float("inf")
-        self.key, self.holds = key, holds
+        self.key, self.holds, self.labels = key, holds, labels
         try:
             self.tar = tarfile.open(fileobj=self.file, mode="r:")
         except BaseException:
@@ -122,7 +130,8 @@ class Walk:
                     yield group
                 group, number = Group(key), number + 1
             group.members.append(member)
-            if number >= self.hold_from and member.isfile() and member.size <= MOST_BYTES and self.holds(member.name):
+            wanted = number >= self.hold_from and member.size <= MOST_BYTES and self.holds(member.name) or member.size <= MOST_LABEL and self.labels(member.name)
+            if member.isfile() and wanted:
                 group.contents[member.offset] = self.tar.extractfile(member).read()
         if group.key:
             yield group
@@ -150,14 +159,16 @@ def fingerprint(path: str) -> str:
 
 
 class Headers:
-    """Digests of what the headers of an archive say, one for every MARK_EVERY groups: their members' names, sizes, times and places."""
+    """Digests of what the headers of an archive say, one for every MARK_EVERY groups: their members' names, sizes, times and places, and what the labels among them hold."""
 
-    def __init__(self):
+    def __init__(self, labels: Which):
+        self.labels = labels
         self.digests: list[str] = []
         self.open = hashlib.sha256()
 
     def add(self, group: Group) -> None:
-        self.open.update(repr([(m.name, m.size, m.mtime, m.offset) for m in group.members]).encode("utf-8", "surrogateescape"))
+        said = [(m.name, m.size, m.mtime, m.offset, group.contents.get(m.offset) if m.size <= MOST_LABEL and self.labels(m.name) else None) for m in group.members]
+        self.open.update(repr(said).encode("utf-8", "surrogateescape"))
 
     def close(self) -> str:
         """Of what was added since the last time."""
@@ -166,16 +177,16 @@ class Headers:
         return self.digests[-1]
 
 
-def count(path: str, key: Key, each: Callable[[int, Group], None]) -> tuple[int, str, list[str]]:
-    """(groups, digest of all headers, that of every MARK_EVERY groups) of a tar, read to its end from its headers alone; `each` is shown every group.
+def count(path: str, key: Key, each: Callable[[int, Group], None], labels: Which = none) -> tuple[int, str, list[str]]:
+    """(groups, digest of all headers, that of every MARK_EVERY groups) of a tar, read to its end from its headers and `labels` alone; `each` is shown every group.
 
     Raises BadRequest naming the file if it cannot be read to its end.
     """
-    headers, walk = Headers(), None
+    headers, walk = Headers(labels), None
     try:
         _refuse_misnamed(path)
         whole = fingerprint(path) if is_gzip(path) else ""
-        walk = Walk(path, key, lambda name: False)
+        walk = Walk(path, key, none, labels)
         for group in walk:
             headers.add(group)
             each(walk.position - 1, group)
@@ -205,20 +216,20 @@ def _refuse_misnamed(path: str) -> None:
         raise BadRequest(f"{printable(path)} is {'packed by gzip' if packing == 'gzip' else 'a plain tar'}, whatever its name says: rename it to {'.tar.gz' if packing == 'gzip' else '.tar'}")
 
 
-def groups(path: str, key: Key, holds: Callable[[str], bool], marks: Sequence[tuple[int, object]], start: int, stop: int) -> Iterator[Group]:
+def groups(path: str, key: Key, holds: Which, marks: Sequence[tuple[int, object]], start: int, stop: int, labels: Which = none) -> Iterator[Group]:
     """Groups [start, stop) with their contents. `marks`: the last at or before `start`, and those inside: the position of a group, and (byte offset of its first header, digest of
-    the headers up to the next mark), or of a .tar.gz its fingerprint.
+    the headers and `labels` up to the next mark), or of a .tar.gz its fingerprint.
 
     Raises BadRequest if there are fewer of them, or if it is not the file of the census: of a .tar.gz before any is given, of a .tar once the headers up to the mark behind them are read.
     """
     position, handle = marks[0]
-    known, headers = dict(marks), Headers()
+    known, headers = dict(marks), Headers(labels)
     if is_gzip(path):
         if fingerprint(path) != handle:
             raise _changed(path)
         walk = _unpark(path, handle, start) or Walk(path, key, holds)
     else:
-        walk = Walk(path, key, holds, handle[0], position)
+        walk = Walk(path, key, holds, labels, handle[0], position)
     walk.hold_from = start
 
     def check(group: Group | None) -> None:
@@ -277,7 +288,7 @@ def first_files(path: str, most: int = 32) -> list[str]:
     """Names of the first regular, visible files of a tar; fewer where it cannot be read on (the census will say so)."""
     found: list[str] = []
     with suppress(*FAULTS):
-        walk = Walk(path, lambda member: member.name if member.isfile() and key_of(member.name)[0] else "", lambda name: False)
+        walk = Walk(path, lambda member: member.name if member.isfile() and key_of(member.name)[0] else "", none)
         try:
             found.extend(group.key for _, group in zip(range(most), walk))
         finally:

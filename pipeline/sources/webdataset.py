@@ -35,8 +35,8 @@ class WebDataset(Source):
         return os.path.join(self.root, name)
 
     def census(self, name: str, each: Each | None = None) -> Shard:
-        """Samples of one shard from its headers alone. A handle is [byte offset of a sample's first header, digest of the headers up to the next mark] (of a .tar.gz, which can be
-        read from its beginning alone, its fingerprint); the version is a digest of all members' names, sizes, times and places."""
+        """Samples of one shard from its headers and labels alone. A handle is [byte offset of a sample's first header, digest of the headers and labels up to the next mark] (of a
+        .tar.gz, which can be read from its beginning alone, its fingerprint); the version is a digest of all members' names, sizes, times and places, and of the labels."""
         marks = []
 
         def note(position: int, group: Group) -> None:
@@ -47,14 +47,14 @@ class WebDataset(Source):
             if position % MARK_EVERY == 0 and not is_gzip(name):
                 marks.append((position, group.members[0].offset))
 
-        samples, version, digests = count(self.path(name), _key, note)
+        samples, version, digests = count(self.path(name), _key, note, _is_label)
         marks = [(position, [offset, digest]) for (position, offset), digest in zip(marks, digests)]
         if is_gzip(name):
             marks = [(0, fingerprint(self.path(name)))]
         return Shard(name, samples, version, tuple(marks))
 
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
-        for group in groups(self.path(name), _key, _is_part, marks, start, stop):
+        for group in groups(self.path(name), _key, _is_part, marks, start, stop, _is_label):
             yield _sample(group, group.key, group.members)
 
     def advice(self, names: list[str]) -> list[str]:
@@ -75,6 +75,10 @@ def _key(member: tarfile.TarInfo) -> str:
 
 def _is_part(member: str) -> bool:
     return key_of(member)[1] in IMAGES + LABELS
+
+
+def _is_label(member: str) -> bool:
+    return key_of(member)[1] in LABELS
 
 
 def _second(members: list[tarfile.TarInfo]) -> tarfile.TarInfo | None:
