@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from jobs.environment import WAITING
-
-os.environ.update({name: value for name, value in WAITING.items() if name not in os.environ})  # as the command does, before torch comes
+for name, value in {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}.items():  # before torch comes: tests share their cores, and what they start inherits it
+    os.environ.setdefault(name, value)
 
 # The same examples on every run, so that what passes here passes everywhere; `make fuzz` looks for others.
 settings.register_profile("house", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
