@@ -18,7 +18,7 @@ import typer
 
 from jobs import evidence, signals
 from jobs.bench import command as benchmarks
-from jobs.environment import WAITING
+from jobs.environment import settle
 from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines
 from jobs.progress import say, stages
 from pipeline.errors import BadRequest, Fault, Stopped, printable
@@ -267,8 +267,7 @@ def chaos(
 
 def main() -> None:
     """The console script: runs the command and turns every ending into its exit code and a message of one to three lines."""
-    for name, value in WAITING.items():
-        os.environ.setdefault(name, value)
+    settle()
     signals.hear(writes=sys.argv[1:2] not in ([verb] for verb in ASKING))
     try:
         code = _run()

@@ -24,7 +24,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from jobs.environment import WAITING
+from jobs.environment import WAITING, settle
 from jobs.progress import last_words, say
 from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.units import Unit
@@ -167,7 +167,7 @@ def _join(ray, address: str) -> None:
 
 def _start_here(ray) -> None:
     """Ray on this machine. Its servers have 30 seconds to come up, which a busy machine does not always give them: it is tried again. Raises Stopped."""
-    os.environ.update({name: value for name, value in WAITING.items() if name not in os.environ})  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
+    settle()  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
     for left in reversed(range(STARTS)):
         try:
             with _muted(), own_sigterm():

@@ -216,7 +216,7 @@ def test_an_interrupted_job_ends_soon_and_in_one_line(story, number):
 
 @pytest.mark.parametrize("pause", [0.0, 0.4])
 def test_who_stops_a_job_twice_does_not_wait_for_it(folder, story, pause):
-    """The second signal ends it where it is, in one line and with the same exit code; the same command resumes."""
+    """The second signal ends it where it is, in one line and with the same exit code; what is committed stays."""
     run = folder / f"twice-{pause}"
     with running(folder, "extract", "--run", run, "--dataset", "val", "--source", folder / "small", "--model", "networks:Slow", "--weights", folder / "digits/weights.safetensors", "--address", "local", env={"NAP": str(NAP)}) as job:
         job.until(lambda: len(committed(run)) >= 1)
