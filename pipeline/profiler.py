@@ -13,6 +13,7 @@ row still follows from its position alone, so two devices of the same memory agr
 from __future__ import annotations
 
 import contextlib
+import gc
 from itertools import groupby
 from pathlib import Path
 
@@ -94,6 +95,7 @@ class Profiler:
                 if self.most == 1 or not _is_memory(fault):
                     raise
             self.most = (self.most + 1) // 2  # out here, where the failed batch's tensors are let go
+            gc.collect()  # those that hold each other
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -169,7 +169,30 @@ def tables() -> dict[str, str]:
         for row in json.loads(file.read_text(encoding="utf-8")):
             floor = f"{row['beside']} | {_short(row['floor'])} {row['unit']} | {row['ratio']:.2f}" if row["floor"] is not None else " | | "
             line.append(f"| {title}: {row['what']} | {_short(row['value'])} {row['unit']} | {floor} |")
-    return {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory), "process": process()}
+    return gpu() | {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory), "process": process()}
+
+
+def gpu() -> dict[str, str]:
+    """The tables of docs/data/performance/gpu.json: beside the step, of some layers, and what each precision does to neighbours."""
+    data = json.loads((DATA / "gpu.json").read_text(encoding="utf-8"))
+    rows = {(row["precision"], row["model"], row["engine"]): row for row in data["engine"]}
+    beside = ["| network | precision, batch | step, images/s | step-folded | fused: predicted | fused | fused, images/s | its memory over the step's |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    rates = data["machine"]
+    guesses = {p: predicted({"operations_per_s": rates["operations_per_s"][p], "bytes_per_s": rates["bytes_per_s"] * (2 if p == "bf16" else 1)}) for p in rates["operations_per_s"]}
+    for precision, guess in guesses.items():
+        for name in NETWORKS:
+            step, folded, fused = (rows[precision, name, engine] for engine in ("step", "step-folded", "fused"))
+            peak = f"{fused['peak_bytes'] / step['peak_bytes']:.2f}" if fused["peak_bytes"] else ""
+            mark = "*" if fused["earlier"] else ""
+            beside.append(f"| {name} | {precision}, {step['batch_size']} | {step['images_per_s']:,.0f} | {folded['ratio_to_step']:.2f} | {guess[name]['fused']:.2f} | {fused['ratio_to_step']:.2f}{mark} | {fused['images_per_s']:,.0f}{mark} | {peak}{mark} |")
+    layers = ["| layer, 128 images | bf16: its summed gradient | filter saliency | tf32 | | fp32 | |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for network, layer in dict.fromkeys((row["network"], row["layer"]) for row in data["layers"]):
+        cells = [cell for row in data["layers"] if (row["network"], row["layer"]) == (network, layer) for cell in (f"{row['summed_gradient_us']:,} us", f"{min(row['by_tile_us'].values()):,.0f} us")]
+        layers.append(f"| {network}: {layer} | " + " | ".join(cells) + " |")
+    recall = ["| network, images (errors) | precision | recall of 10 neighbours | error of a sample's s̄: median | 90% | predictions changed | images/s |", "|---|---|---:|---:|---:|---:|---:|"]
+    for row in data["recall"]:
+        recall.append(f"| {row['network']}, {row['images']:,} ({row['errors']:,}) | {row['precision']} | {row['recall']:.3f} | {row['median_error']:.0e} | {row['error_90']:.0e} | {row['predictions_changed']} | {row['images_per_s']:,.0f} |")
+    return {"gpu": "\n".join(beside), "gpu-layers": "\n".join(layers), "gpu-recall": "\n".join(recall)}
 
 
 def process() -> str:

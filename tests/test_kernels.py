@@ -1,5 +1,6 @@
 """The Triton kernels, run by Triton's interpreter on the CPU, against autograd in float64; and the guard that believes no kernel unseen."""
 
+import itertools
 import subprocess
 import sys
 
@@ -99,6 +100,16 @@ def test_the_engine_asks_a_kernel_for_every_convolution_and_gives_what_it_gives(
     monkeypatch.setattr(kernels, "filter_saliency", lambda input, gradient, *geometry: asked.append(len(input)) or products.by_products(input, gradient, *geometry))
     found = make_engine("fused", network, "abs")(images, labels)
     assert asked == [1, 3, 1, 3] and torch.equal(found.saliency, plain.saliency)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("room", [2**15, 2**16, 2**17, 232448])
+def test_a_tile_fits_into_shared_memory_and_is_what_triton_takes(room, split):
+    """Powers of two from 16 on, whatever the layer; never more columns than it has, padded."""
+    for outs, ins, taps, positions in itertools.product((1, 3, 16, 24, 64, 128, 200, 2048), (1, 3, 16, 24, 64, 192, 256, 800), (1, 9, 49), (1, 49, 196, 50176)):
+        block = kernels.tile(outs, ins, taps, positions, split, room)
+        assert block.stages * (block.outs + block.columns) * block.positions * (4 if split else 2) <= room
+        assert all(size >= 16 and size & (size - 1) == 0 for size in block[:3]) and block.columns < 2 * max(16, taps * 2 * ins) and block.outs < 2 * max(16, outs)
 
 
 def test_a_cpu_is_not_served():

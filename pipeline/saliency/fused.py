@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from pipeline.filters import FilterLayout
-from pipeline.saliency import Saliency
+from pipeline.saliency import Saliency, kernels
 from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Fold, Norm, folds, leaves, looks_only
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
 from pipeline.saliency.products import filter_saliency
+from pipeline.saliency.replays import Replays
 from pipeline.saliency.twice import twice_differentiable
 
 TOLERANCE = 1e-3  # relative, between one image's s̄ here and by autograd, over all filters; in float64 over any layer's
@@ -47,15 +48,22 @@ class FusedEngine:
         self.names = [name for name, _ in layout.layers]
         self.weights = [p for p in network.parameters() if p.dim() == 4]
         self.folds: dict[int, Fold] | None = None
+        self.channels_last = False
+        self.replays = Replays()
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         """Raises Objection if a weight is used in a way that this engine does not see (never returns a partial answer).
 
-        BatchNorms are folded at the first call; weights must not change after it.
+        BatchNorms are folded at the first call; weights must not change after it. On a GPU the second batch of a shape is recorded, and all later ones are replays.
         """
+        if images.is_cuda and len(images):
+            return Saliency(*self.replays(self._compute, images, labels))
+        return self._compute(images, labels)
+
+    def _compute(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         sink = self._sink(images)
         with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
-            logits = self.network(images.detach().clone()).float()  # which it may change in place
+            logits = self.network(self._laid_out(images.detach())).float()
             sink.close()
             sink.refuse()
             if len(images) and logits.requires_grad:
@@ -67,16 +75,21 @@ class FusedEngine:
         """The same as functions of the images, which ask for a gradient: autograd can differentiate both once. s̄ and logits are of the images' dtype. Raises as above."""
         sink = self._sink(images)
         with _frozen(self.network), torch.enable_grad(), PlainLayouts(), twice_differentiable(), sink:
-            logits = self.network(images.clone())
+            logits = self.network(self._laid_out(images))
             sink.close()
             sink.refuse()
             torch.autograd.grad(cross_entropy(logits, labels).sum(), [images, *sink.frozen], create_graph=True, allow_unused=True)
             sink.refuse()
         return Saliency(torch.cat(sink.parts, 1), logits)
 
+    def _laid_out(self, images: torch.Tensor) -> torch.Tensor:
+        """A copy, which the network may change in place: channels-last on a GPU if it takes such maps, as its convolutions and the kernels like them best."""
+        return images.clone(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
     def _sink(self, images: torch.Tensor) -> _Sink:
         if self.folds is None and len(images):
-            self.folds = folds(self.network, self.weights, images[:1].detach())
+            self.channels_last = images.is_cuda and _takes_channels_last(self.network, images[:1].detach())
+            self.folds = folds(self.network, self.weights, self._laid_out(images[:1].detach()))
         return _Sink(self.names, self.weights, self.folds or {}, images, self.aggregation)
 
 
@@ -146,11 +159,13 @@ class _Sink(TorchFunctionMode):
         stride, dilation = _pair(stride), _pair(dilation)
         if isinstance(padding, str):
             input, padding = _pad_same(input, weight, dilation) if padding == "same" else input, (0, 0)
-        if tuple(weight.shape[2:]) == (1, 1) and _pair(padding) == (0, 0) and stride != (1, 1):  # what it reads, alone: a strided backward pass takes thrice as long
+        if not input.is_cuda and tuple(weight.shape[2:]) == (1, 1) and _pair(padding) == (0, 0) and stride != (1, 1):  # what it reads, alone: a strided backward pass takes thrice as long
             input, stride = input[..., :: stride[0], :: stride[1]].contiguous(), (1, 1)
         fold = self.folds.get(layer)
         if fold:
             weight, bias = fold.weight, fold.bias
+        if input.is_cuda and input.is_contiguous(memory_format=torch.channels_last):
+            weight = weight.contiguous(memory_format=torch.channels_last)
         self.frozen.append(weight.detach().requires_grad_(True))  # makes the output part of the graph; its own gradient is never computed
         output = _Convolution.apply(input, self.frozen[-1], bias, stride, _pair(padding), dilation, groups, self, layer)
         if not fold:
@@ -170,12 +185,16 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, input, weight, bias, stride, padding, dilation, groups, sink, layer):
         ctx.save_for_backward(input, weight)
         ctx.geometry, ctx.sink, ctx.layer = (stride, padding, dilation, groups), sink, layer
+        if bias is not None and kernels.serves(input):
+            return kernels.add_bias(F.conv2d(input, weight, None, stride, padding, dilation, groups), bias)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx, gradient):
         input, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
+        if input.is_cuda and input.is_contiguous(memory_format=torch.channels_last):
+            gradient = gradient.contiguous(memory_format=torch.channels_last)  # and so are those below it
         found = filter_saliency(input.to(gradient.dtype), gradient, weight.shape, stride, padding, dilation, groups, ctx.sink.aggregation)
         fold = ctx.sink.folds.get(ctx.layer)
         ctx.sink.parts[ctx.layer] += found * fold.scale if fold else found
@@ -198,13 +217,14 @@ def objection(network: torch.nn.Module, images: torch.Tensor) -> str | None:
     layout = FilterLayout.of(network)
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     try:
-        got = FusedEngine(network, layout, "abs")(images, labels)
-        alone = FusedEngine(network, layout, "abs")(images[:1], labels[:1])
-        if not torch.allclose(got.logits[:1], alone.logits, rtol=1e-2, atol=1e-3 * float(got.logits.abs().max())):
-            return "an image's logits depend on which images share its batch"
-        error, of_layer = _errors(network, layout, images[:ROWS], labels[:ROWS])
-        if not (error <= TOLERANCE and of_layer <= COARSE):
-            error = max(_errors(copy.deepcopy(network).double(), layout, images[:ROWS].double(), labels[:ROWS]))
+        with _exactly(images.device.type):
+            got = FusedEngine(network, layout, "abs")(images, labels)
+            alone = FusedEngine(network, layout, "abs")(images[:1], labels[:1])
+            if not torch.allclose(got.logits[:1], alone.logits, rtol=1e-2, atol=1e-3 * float(got.logits.abs().max())):
+                return "an image's logits depend on which images share its batch"
+            error, of_layer = _errors(network, layout, images[:ROWS], labels[:ROWS])
+            if not (error <= TOLERANCE and of_layer <= COARSE):
+                error = max(_errors(copy.deepcopy(network).double(), layout, images[:ROWS].double(), labels[:ROWS]))
     except RuntimeError as fault:
         return str(fault).splitlines()[0].removeprefix("the fused engine is not exact here: ").removesuffix("; use --engine vmap")
     if not error <= TOLERANCE:
@@ -234,6 +254,18 @@ def _by_autograd(network, images, labels) -> torch.Tensor:
 
 
 @contextmanager
+def _exactly(device: str):
+    """No TF32 and no autocast inside, whatever the run's precision: a trial looks at what a network does, not at how it is rounded."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+
+
+@contextmanager
 def _frozen(network: torch.nn.Module):
     """No parameter asks for a gradient inside; each asks as before afterwards."""
     asked = [(p, p.requires_grad) for p in network.parameters()]
@@ -243,6 +275,18 @@ def _frozen(network: torch.nn.Module):
     finally:
         for parameter, flag in asked:
             parameter.requires_grad_(flag)
+
+
+def _takes_channels_last(network: torch.nn.Module, images: torch.Tensor) -> bool:
+    """Whether it gives the logits of an image [1, 3, H, W] laid out so; a `view` across the axes raises."""
+    with torch.no_grad():
+        try:
+            network(images.clone(memory_format=torch.channels_last))
+        except RuntimeError as fault:
+            if isinstance(fault, torch.OutOfMemoryError):
+                raise
+            return False
+    return True
 
 
 def _pair(value) -> tuple[int, int]:

@@ -1,17 +1,19 @@
-"""Filter saliency of one convolution in one Triton kernel a layer: per-sample weight gradients live in registers and are never written.
+"""What runs on a GPU in Triton: filter saliency of one convolution in one kernel, and the bias of one that a BatchNorm was folded into.
 
-A program takes one sample and a tile of output channels. For a tile of weight columns it sums output gradient times input over all positions
-(the im2col is in the addresses), takes |.|, adds it up along the columns and writes one number a channel. The order of every sum follows from
-shapes alone, so that results are bit-equal from run to run on one kind of device.
+Maps are channels-last there, where a shift of the window moves whole runs of channels. A program takes one sample and a tile of output channels. For a tile of weight
+columns it sums output gradient times input over all positions (the im2col is in the addresses), takes |.|, adds it up along the columns and writes one number a channel:
+per-sample weight gradients live in registers and are never written. The order of every sum follows from shapes alone, so that results are bit-equal from run to run on
+one kind of device.
 
-A kernel is believed on a device only where it has agreed there with the plain products of `fused.py` on the same layer (`agrees`).
+A kernel is believed on a device only where it has agreed there with the plain products of `products.py` on the same layer (`agrees`).
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +25,19 @@ except ImportError:  # no Triton on this platform: the plain products serve
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, over a layer's filters; float32 may be TF32
 PROGRAMS = 4096  # enough to fill a GPU: below it, columns are split among programs too
+FEW_OUTPUTS = 16  # of a group with one input: below it, there is too little for a matrix product
+MANY = 2**30  # stands for input channels that fill a tile of columns alone
 _believed: dict[tuple, bool] = {}
+
+
+class Tile(NamedTuple):
+    """What one program of `_dense` has in registers, and how it is run: see `tile`."""
+
+    outs: int
+    columns: int
+    positions: int
+    warps: int
+    stages: int
 
 
 def serves(input: torch.Tensor) -> bool:
@@ -50,78 +64,217 @@ def agrees(fast: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor]
 
 
 def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, aggregation) -> torch.Tensor:
-    """s̄ of one convolution for every sample, float32 [B, O]; arguments as of `fused.filter_saliency`. Sums in float32."""
+    """s̄ of one convolution for every sample, float32 [B, O]; arguments as of `products.filter_saliency`. Sums in float32.
+
+    Of float32 the matrix products are of halves: each sample's maps scaled by a power of two, so that float16 has room for them, and rounded to it once (11 bits, as TF32 has) where
+    TF32 is allowed, or split into two (22 bits), of whose products all but the least are taken.
+    """
     batch, outs_in_all, (height, width) = *gradient.shape[:2], input.shape[2:]
-    out_height, out_width = gradient.shape[2:]
-    outs, ins, columns, positions = outs_in_all // groups, shape[1], shape[1] * shape[2] * shape[3], out_height * out_width
-    input, gradient = input.contiguous(), gradient.contiguous()
-    sizes = (outs, ins, groups, columns, positions, height, width, out_width, *stride, *padding, *dilation)
-    if ins == 1 and outs < 16:
-        block = min(16, triton.next_power_of_2(outs_in_all))
+    outs, ins, taps, positions = outs_in_all // groups, shape[1], shape[2] * shape[3], gradient[0, 0].numel()
+    input, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (input, gradient))
+    sizes = (positions, height, width, gradient.shape[3], *stride, *padding, *dilation)
+    settings = {"KERNEL_W": shape[3], "TAPS": taps, "SIGNED": aggregation == "signed"}
+    if ins == 1 and outs < FEW_OUTPUTS:
         found = torch.empty(batch, 1, outs_in_all, device=input.device)
-        _depthwise[(batch, triton.cdiv(outs_in_all, block))](input, gradient, found, outs_in_all, *sizes, shape[2], shape[3], aggregation == "signed", block, 128)
+        block = min(32, triton.next_power_of_2(outs_in_all))
+        _depthwise[(batch, triton.cdiv(outs_in_all, block))](input, gradient, found, 1 / taps, outs, groups, outs_in_all, *sizes, **settings, ALL_TAPS=triton.next_power_of_2(taps), OUTS=block, POSITIONS=8)
     else:
-        tile = 64 if outs > 32 else 32 if outs > 16 else 16
-        tiles, column_tiles = groups * triton.cdiv(outs, tile), triton.cdiv(columns, 64)
-        splits = max(1, min(column_tiles, PROGRAMS // (batch * tiles)))
-        span = 64 * math.ceil(column_tiles / splits)
-        found = torch.empty(batch, triton.cdiv(columns, span), outs_in_all, device=input.device)
-        precise = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-        _dense[(batch, tiles, found.shape[1])](input, gradient, found, span, *sizes, shape[2], shape[3], aggregation == "signed", precise, tile, 64, 32)
-    total = found.sum(1) / columns
+        scaled = input.dtype == torch.float32
+        split = scaled and not torch.backends.cuda.matmul.allow_tf32
+        seen, asked = (_halved(t, split) if scaled else Halves(t, t, t) for t in (input, gradient))
+        block = tile(outs, ins, taps, positions, split, _room(input.device))
+        few = triton.next_power_of_2(ins)
+        wide = few >= block.columns  # a tile of columns has one tap then, else a few with all their channels
+        chunks = taps * triton.cdiv(ins, block.columns) if wide else triton.cdiv(taps * few, block.columns)
+        tiles = groups * triton.cdiv(outs, block.outs)
+        span = triton.cdiv(chunks, max(1, min(chunks, PROGRAMS // (batch * tiles))))
+        found = torch.empty(batch, triton.cdiv(chunks, span), outs_in_all, device=input.device)
+        pointwise = taps == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
+        _dense[(batch, tiles, found.shape[1])](
+            *seen, *asked, found, 1 / (ins * taps), span, chunks, outs, ins, groups, *sizes, **settings, SCALED=scaled, SPLIT=split, INS=MANY if wide else few,
+            POINTWISE=pointwise, SHORT=positions <= block.positions, OUTS=block.outs, COLUMNS=block.columns, POSITIONS=block.positions, STAGES=block.stages, num_warps=block.warps,
+        )  # fmt: skip
+    total = found.sum(1) if found.shape[1] > 1 else found[:, 0]
     return total.abs() if aggregation == "signed" else total
 
 
-if triton is not None:
+def tile(outs: int, ins: int, taps: int, positions: int, split: bool, room: int) -> Tile:
+    """The tile that was fastest where it was measured (an H200), by shape alone; smaller where it does not fit into `room` bytes of shared memory."""
+    few = triton.next_power_of_2(ins)
+    outs, columns = max(16, triton.next_power_of_2(outs)), max(16, triton.next_power_of_2(taps * few))
+    stages = 2 if split else 3
+    if outs < 128 or (few < 16 and taps > 1):  # few input channels: columns of a tile lie apart in memory
+        block = Tile(min(64, outs), min(64 if split or outs < 32 or few < 16 else 128, columns), 64, 4, stages)
+    elif positions <= 64:
+        block = Tile(128, min(128, columns), 64, 8, stages) if split else Tile(128, min(64, columns), 64, 4, stages)
+    elif columns >= 256 and (ins % 256 == 0 or ins % 256 > 128):
+        block = Tile(128, 256, 32, 8, stages + 1)
+    elif columns >= 128:
+        block = Tile(128, 128, 32 if split else 64, 8, 3)
+    else:
+        block = Tile(64 if split else 128, columns, 64, 4, stages)
+    while block.stages * (block.outs + block.columns) * block.positions * (4 if split else 2) > room:
+        block = block._replace(stages=block.stages - 1) if block.stages > 2 else block._replace(columns=block.columns // 2) if block.columns >= block.outs else block._replace(outs=block.outs // 2)
+    return block
 
-    @triton.jit
+
+@lru_cache
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16) if device.type == "cuda" else 2**18
+
+
+class Halves(NamedTuple):
+    """Maps in float16 and what that leaves, [B, C, H, W] channels-last; scales: float32 [B], what each sample was multiplied by. Without a split, low is not read; without scales, they are not."""
+
+    high: torch.Tensor
+    low: torch.Tensor
+    scales: torch.Tensor
+
+
+def _halved(maps: torch.Tensor, split: bool) -> Halves:
+    batch, numbers = len(maps), maps[0].numel()
+    span = max(8192, triton.cdiv(triton.cdiv(numbers, 128), 2048) * 2048)
+    peaks, scales = maps.new_empty(batch, triton.cdiv(numbers, span)), maps.new_empty(batch)
+    high = torch.empty_like(maps, dtype=torch.float16)
+    low = torch.empty_like(high) if split else high
+    _peak[(batch, peaks.shape[1])](maps, peaks, numbers, span, BLOCK=2048)
+    _halve[(batch, triton.cdiv(numbers, 2048))](maps, peaks, high, low, scales, numbers, peaks.shape[1], PARTS=128, SPLIT=split, BLOCK=2048)
+    return Halves(high, low, scales)
+
+
+def add_bias(maps: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """maps [B, C, H, W] + bias [C], written over the maps where they are channels-last. Sums in float32."""
+    if not maps.is_contiguous(memory_format=torch.channels_last) or not maps.numel():
+        return maps.add_(bias.to(maps.dtype)[:, None, None])
+    _add_bias[(triton.cdiv(maps.numel(), 2048),)](maps, bias, maps.numel(), maps.shape[1], 2048)
+    return maps
+
+
+if triton is not None:
+    PLACES = ["positions", "height", "width", "out_width", "stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w"]  # of which no compiled code is special
+
+    @triton.jit(do_not_specialize=["factor", "span", "chunks", *PLACES])
     def _dense(
-        input, gradient, found, span, outs, ins, groups, columns, positions, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-        KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, SIGNED: tl.constexpr, PRECISION: tl.constexpr, OUTS: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr,
+        input, input_low, input_scales, gradient, gradient_low, gradient_scales, found, factor, span, chunks, outs, ins, groups,
+        positions, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+        KERNEL_W: tl.constexpr, TAPS: tl.constexpr, SIGNED: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, INS: tl.constexpr, POINTWISE: tl.constexpr, SHORT: tl.constexpr,
+        OUTS: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        """found [B, splits, O]: the sum over a split of columns (weights of a filter) of |gradient . unfolded input|. Grid: sample, tile of a group's outputs, split."""
+        """found [B, splits, O]: the sum over a split of columns (weights of a filter) of |gradient . unfolded input|, times factor. Grid: sample, tile of a group's outputs, split.
+
+        SHORT: all positions fit into one tile, and the gradient is read once.
+        """
         sample, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(outs, OUTS)
         group, out = tl.program_id(1) // tiles, (tl.program_id(1) % tiles) * OUTS + tl.arange(0, OUTS)
-        gradients = gradient + ((sample * groups + group) * outs + out)[:, None] * positions
-        inputs = input + (sample * groups + group) * ins * height * width
+        row = groups * outs
+        asks, sees = sample * positions * row + group * outs + out[None, :], sample * height * width * groups * ins + group * ins
         total = tl.zeros([OUTS], tl.float32)
-        first = tl.program_id(2) * span
-        for start in range(first, min(first + span, columns), COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            channel, down, right = column // (KERNEL_H * KERNEL_W), column % (KERNEL_H * KERNEL_W) // KERNEL_W * dilation_h, column % KERNEL_W * dilation_w
-            product = tl.zeros([OUTS, COLUMNS], tl.float32)
-            for begin in range(0, positions, POSITIONS):
-                position = begin + tl.arange(0, POSITIONS)
-                y = (position // out_width * stride_h - padding_h)[:, None] + down[None, :]
-                x = (position % out_width * stride_w - padding_w)[:, None] + right[None, :]
-                inside = (position < positions)[:, None] & (column < columns)[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-                seen = tl.load(inputs + (channel[None, :] * height + y) * width + x, mask=inside, other=0.0)
-                asked = tl.load(gradients + position[None, :], mask=(out < outs)[:, None] & (position < positions)[None, :], other=0.0)
-                product = tl.dot(asked, seen, product, input_precision=PRECISION)
-            total += tl.sum(product if SIGNED else tl.abs(product), 1)
-        tl.store(found + (sample * tl.num_programs(2) + tl.program_id(2)) * groups * outs + group * outs + out, total, mask=out < outs)
+        first, place = tl.program_id(2) * span, tl.arange(0, POSITIONS)
+        if SHORT:
+            within = (place < positions)[:, None] & (out < outs)[None, :]
+            asked = tl.load(gradient + asks + place[:, None] * row, mask=within, other=0.0)
+            if SPLIT:
+                asked_low = tl.load(gradient_low + asks + place[:, None] * row, mask=within, other=0.0)
+            for chunk in tl.range(first, min(first + span, chunks), num_stages=STAGES):
+                seen = _unfolded(input + sees, chunk, place, positions, ins, groups * ins, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, KERNEL_W, TAPS, INS, POINTWISE, COLUMNS)
+                product = tl.dot(tl.trans(asked), seen)
+                if SPLIT:
+                    seen_low = _unfolded(input_low + sees, chunk, place, positions, ins, groups * ins, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, KERNEL_W, TAPS, INS, POINTWISE, COLUMNS)
+                    product = tl.dot(tl.trans(asked_low), seen, tl.dot(tl.trans(asked), seen_low, product))
+                total += tl.sum(product if SIGNED else tl.abs(product), 1)
+        else:
+            for chunk in range(first, min(first + span, chunks)):
+                product = tl.zeros([OUTS, COLUMNS], tl.float32)
+                for begin in tl.range(0, positions, POSITIONS, num_stages=STAGES):
+                    position = begin + place
+                    within = (position < positions)[:, None] & (out < outs)[None, :]
+                    asked = tl.load(gradient + asks + position[:, None] * row, mask=within, other=0.0)
+                    seen = _unfolded(input + sees, chunk, position, positions, ins, groups * ins, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, KERNEL_W, TAPS, INS, POINTWISE, COLUMNS)
+                    product = tl.dot(tl.trans(asked), seen, product)
+                    if SPLIT:
+                        asked_low = tl.load(gradient_low + asks + position[:, None] * row, mask=within, other=0.0)
+                        seen_low = _unfolded(input_low + sees, chunk, position, positions, ins, groups * ins, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, KERNEL_W, TAPS, INS, POINTWISE, COLUMNS)
+                        product = tl.dot(tl.trans(asked_low), seen, tl.dot(tl.trans(asked), seen_low, product))
+                total += tl.sum(product if SIGNED else tl.abs(product), 1)
+        total *= factor
+        if SCALED:
+            total = total / tl.load(input_scales + sample) / tl.load(gradient_scales + sample)
+        tl.store(found + (sample * tl.num_programs(2) + tl.program_id(2)) * row + group * outs + out, total, mask=out < outs)
 
     @triton.jit
-    def _depthwise(
-        input, gradient, found, channels, outs, ins, groups, columns, positions, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-        KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, SIGNED: tl.constexpr, OUTS: tl.constexpr, POSITIONS: tl.constexpr,
+    def _unfolded(
+        inputs, chunk, position, positions, ins, channels, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+        KERNEL_W: tl.constexpr, TAPS: tl.constexpr, INS: tl.constexpr, POINTWISE: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """The same where each group has one input channel and few outputs: too little for a matrix product. found [B, 1, O]. Grid: sample, tile of outputs."""
+        """A tile of im2col, [POSITIONS, COLUMNS]; a column is a tap and an input channel, channels fastest, padded to whole tiles or, where they are few, to INS."""
+        if POINTWISE:
+            channel = chunk * COLUMNS + tl.arange(0, COLUMNS)
+            return tl.load(inputs + position[:, None] * channels + channel[None, :], mask=(position < positions)[:, None] & (channel < ins)[None, :], other=0.0)
+        elif INS >= COLUMNS:
+            tap = chunk // tl.cdiv(ins, COLUMNS)
+            channel = chunk % tl.cdiv(ins, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+            y = position // out_width * stride_h - padding_h + tap // KERNEL_W * dilation_h
+            x = position % out_width * stride_w - padding_w + tap % KERNEL_W * dilation_w
+            inside = (position < positions) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            return tl.load(inputs + ((y * width + x) * channels)[:, None] + channel[None, :], mask=inside[:, None] & (channel < ins)[None, :], other=0.0)
+        else:
+            column = chunk * COLUMNS + tl.arange(0, COLUMNS)
+            tap, channel = column // INS, column % INS
+            y = (position // out_width * stride_h - padding_h)[:, None] + (tap // KERNEL_W * dilation_h)[None, :]
+            x = (position % out_width * stride_w - padding_w)[:, None] + (tap % KERNEL_W * dilation_w)[None, :]
+            inside = (position < positions)[:, None] & ((channel < ins) & (tap < TAPS))[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            return tl.load(inputs + (y * width + x) * channels + channel[None, :], mask=inside, other=0.0)
+
+    @triton.jit(do_not_specialize=["factor", *PLACES])
+    def _depthwise(
+        input, gradient, found, factor, outs, ins_in_all, channels, positions, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+        KERNEL_W: tl.constexpr, TAPS: tl.constexpr, SIGNED: tl.constexpr, ALL_TAPS: tl.constexpr, OUTS: tl.constexpr, POSITIONS: tl.constexpr,
+    ):  # fmt: skip
+        """The same where each group has one input channel and few outputs: all taps at once, no matrix product. found [B, 1, O]. Grid: sample, tile of outputs."""
         sample = tl.program_id(0).to(tl.int64)
-        out = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
-        gradients = gradient + (sample * channels + out)[:, None] * positions
-        inputs = input + ((sample * groups + out // outs) * height * width)[:, None]
-        total = tl.zeros([OUTS], tl.float32)
-        for column in range(KERNEL_H * KERNEL_W):
-            product = tl.zeros([OUTS, POSITIONS], tl.float32)
-            for begin in range(0, positions, POSITIONS):
-                position = begin + tl.arange(0, POSITIONS)
-                y = position // out_width * stride_h - padding_h + column // KERNEL_W * dilation_h
-                x = position % out_width * stride_w - padding_w + column % KERNEL_W * dilation_w
-                here = (out < channels)[:, None] & (position < positions)[None, :]
-                inside = here & ((y >= 0) & (y < height) & (x >= 0) & (x < width))[None, :]
-                seen = tl.load(inputs + (y * width + x)[None, :], mask=inside, other=0.0).to(tl.float32)
-                product += seen * tl.load(gradients + position[None, :], mask=here, other=0.0).to(tl.float32)
-            weight = tl.sum(product, 1)
-            total += weight if SIGNED else tl.abs(weight)
-        tl.store(found + sample * channels + out, total, mask=out < channels)
+        out, tap = tl.program_id(1) * OUTS + tl.arange(0, OUTS), tl.arange(0, ALL_TAPS)
+        gradients = gradient + sample * positions * channels + out[None, :]
+        inputs = input + sample * height * width * ins_in_all + (out // outs)[None, None, :]
+        product = tl.zeros([POSITIONS, ALL_TAPS, OUTS], tl.float32)
+        for begin in range(0, positions, POSITIONS):
+            position = begin + tl.arange(0, POSITIONS)
+            y = (position // out_width * stride_h - padding_h)[:, None] + (tap // KERNEL_W * dilation_h)[None, :]
+            x = (position % out_width * stride_w - padding_w)[:, None] + (tap % KERNEL_W * dilation_w)[None, :]
+            inside = (position < positions)[:, None] & (tap < TAPS)[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            seen = tl.load(inputs + ((y * width + x) * ins_in_all)[:, :, None], mask=inside[:, :, None] & (out < channels)[None, None, :], other=0.0)
+            asked = tl.load(gradients + position[:, None] * channels, mask=(position < positions)[:, None] & (out < channels)[None, :], other=0.0)
+            product += seen.to(tl.float32) * asked.to(tl.float32)[:, None, :]
+        weight = tl.sum(product, 0)
+        tl.store(found + sample * channels + out, tl.sum(weight if SIGNED else tl.abs(weight), 0) * factor, mask=out < channels)
+
+    @triton.jit(do_not_specialize=["span"])
+    def _peak(maps, peaks, numbers, span, BLOCK: tl.constexpr):
+        """peaks [B, parts]: the largest |number| of each stretch of `span` numbers of each sample."""
+        sample, here = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        first, found = tl.program_id(1) * span, tl.zeros([BLOCK], tl.float32)
+        for start in range(first, min(first + span, numbers), BLOCK):
+            found = tl.maximum(found, tl.abs(tl.load(maps + sample * numbers + start + here, mask=start + here < numbers, other=0.0)))
+        tl.store(peaks + sample * tl.num_programs(1) + tl.program_id(1), tl.max(found, 0))
+
+    @triton.jit(do_not_specialize=["parts"])
+    def _halve(maps, peaks, high, low, scales, numbers, parts, PARTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+        """Each sample times a power of two that brings its largest |number| to 2^14 .. 2^15, in float16; low: what that rounding left, again in float16."""
+        sample, part, at = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        peak = tl.max(tl.load(peaks + sample * parts + part, mask=part < parts, other=0.0), 0)
+        exponent = 2 * 127 + 14 - ((peak.to(tl.int32, bitcast=True) >> 23) & 255)
+        scale = (tl.minimum(tl.maximum(exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
+        value = tl.load(maps + sample * numbers + at, mask=at < numbers, other=0.0) * scale
+        tl.store(high + sample * numbers + at, value.to(tl.float16), mask=at < numbers)
+        if SPLIT:
+            tl.store(low + sample * numbers + at, (value - value.to(tl.float16).to(tl.float32)).to(tl.float16), mask=at < numbers)
+        if tl.program_id(1) == 0:
+            tl.store(scales + sample, scale)
+
+    @triton.jit
+    def _add_bias(maps, bias, numbers, channels, BLOCK: tl.constexpr):
+        """maps, flat and channels-last, plus bias [C], in place."""
+        start, here = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
+        at, channel = start + here, ((start % channels).to(tl.int32) + here) % channels
+        found = tl.load(maps + at, mask=at < numbers).to(tl.float32) + tl.load(bias + channel, mask=at < numbers).to(tl.float32)
+        tl.store(maps + at, found, mask=at < numbers)
