@@ -135,4 +135,4 @@ class Profiler:
 
 def _is_memory(fault: Exception) -> bool:
     """Whether the device, or the machine, had too little memory: torch has an exception for the most usual way alone."""
-    return isinstance(fault, torch.OutOfMemoryError) or (isinstance(fault, RuntimeError) and any(text in str(fault) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED")))
+    return isinstance(fault, torch.OutOfMemoryError) or (isinstance(fault, RuntimeError) and any(text in str(fault) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")))

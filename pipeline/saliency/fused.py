@@ -54,13 +54,14 @@ class FusedEngine:
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         """Raises Objection if a weight is used in a way that this engine does not see (never returns a partial answer).
 
-        BatchNorms are folded at the first call; weights must not change after it. On a GPU the second batch of a shape is recorded, and all later ones are replays.
+        BatchNorms are folded at the first call; weights must not change after it. On a GPU the second batch of a shape is recorded, and it and all later ones are replays.
         """
         if images.is_cuda and len(images):
-            return Saliency(*self.replays(self._compute, images, labels))
-        return self._compute(images, labels)
+            return Saliency(*self.replays(self.once, images, labels))
+        return self.once(images, labels)
 
-    def _compute(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
+    def once(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
+        """The same, never recorded: for batches that will not come again."""
         sink = self._sink(images)
         with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
             logits = self.network(self._laid_out(images.detach())).float()
@@ -218,8 +219,8 @@ def objection(network: torch.nn.Module, images: torch.Tensor) -> str | None:
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     try:
         with _exactly(images.device.type):
-            got = FusedEngine(network, layout, "abs")(images, labels)
-            alone = FusedEngine(network, layout, "abs")(images[:1], labels[:1])
+            got = FusedEngine(network, layout, "abs").once(images, labels)
+            alone = FusedEngine(network, layout, "abs").once(images[:1], labels[:1])
             if not torch.allclose(got.logits[:1], alone.logits, rtol=1e-2, atol=1e-3 * float(got.logits.abs().max())):
                 return "an image's logits depend on which images share its batch"
             error, of_layer = _errors(network, layout, images[:ROWS], labels[:ROWS])
@@ -236,7 +237,7 @@ def _errors(network, layout, images, labels) -> tuple[float, float]:
     """Largest relative differences of any image's s̄ from autograd's, over all filters and over any layer's, in the network's own precision: of the batch, and of the batch in the other order."""
     truth = torch.cat([_by_autograd(network, images[i : i + 1], labels[i : i + 1]) for i in range(len(images))]).double()
     engine = FusedEngine(network, layout, "abs")
-    found = torch.stack([engine(images, labels).saliency, engine(images.flip(0), labels.flip(0)).saliency.flip(0)]).double()
+    found = torch.stack([engine.once(images, labels).saliency, engine.once(images.flip(0), labels.flip(0)).saliency.flip(0)]).double()
     least = NOTHING * truth.norm(dim=-1) + 1e-300
     apart = lambda at: float(((found - truth)[..., at].norm(dim=-1) / torch.maximum(truth[:, at].norm(dim=-1), least)).nan_to_num(torch.inf).max())  # noqa: E731
     return apart(slice(None)), max(map(apart, layout.slices.values()))
