@@ -30,7 +30,7 @@ def test_the_step_is_always_there_and_a_network_without_a_fused_engine_says_why(
     "words, message",
     [
         (("--models", " ,"), "--models: names nothing; leave it out for resnet50,"),
-        (("--models", "resnet5"), "there is no 'resnet5'"),
+        (("--models", "resnet5"), "--models: there is no 'resnet5'"),
         (("--models", "resnet20", "--engines", "fast"), "--engines: 'fast' is not one of step"),
         (("--models", "resnet20", "--precision", "fp8"), "--precision: 'fp8'"),
         (("--models", "resnet20", "--precision", "tf32"), "tf32 exists on CUDA"),

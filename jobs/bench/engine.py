@@ -70,7 +70,7 @@ def bench_engine(names: list[str], batch_size: int | None, device: str | None, p
     strange = [c for c in contenders if c not in known]
     if strange:
         raise BadRequest(f"--engines: '{printable(strange[0])}' is not one of {', '.join(known)}")
-    networks = {name: models.build(name) for name in names}  # a mistyped name is told before anything is measured
+    networks = {name: built(name) for name in names}  # a mistyped name is told before anything is measured
     prepare_process(cluster.threads_of_an_engine(), precision)
     return [row for name in names for row in _network(name, networks.pop(name), batch_size, device, precision, rounds, contenders)]
 
@@ -106,6 +106,14 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
     errors = _errors(network, images[:WITNESSES], labels[:WITNESSES], found)
     middle = {c: statistics.median(times) for c, times in seconds.items()}
     return [Row(name, c, device, precision, len(images), len(images) / middle[c], middle[c] / middle["step"], peaks[c], errors.get(c)) for c in chosen]
+
+
+def built(name: str) -> torch.nn.Module:
+    """The network of a name of --models. Raises BadRequest."""
+    try:
+        return models.build(name)
+    except BadRequest as fault:
+        raise BadRequest(str(fault).replace("--model:", "--models:", 1)) from None
 
 
 def subject(name: str, network: torch.nn.Module, batch_size: int | None, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module]:

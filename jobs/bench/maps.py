@@ -8,9 +8,8 @@ from functools import partial
 import numpy as np
 
 from jobs import cluster
-from jobs.bench.engine import step, subject
+from jobs.bench.engine import built, step, subject
 from jobs.bench.measure import Measure, medians
-from pipeline import models
 from pipeline.errors import BadRequest
 from pipeline.explanation.input_saliency import InputSaliency
 from pipeline.filters import FilterLayout
@@ -29,7 +28,7 @@ def bench_maps(names: list[str], device: str | None, rounds: int) -> list[Measur
     prepare_process(cluster.threads_of_an_engine(), "fp32")
     found = []
     for name in names:
-        images, labels, network = subject(name, models.build(name), None, device)
+        images, labels, network = subject(name, built(name), None, device)
         layout = FilterLayout.of(network)
         engine = InputSaliency(network, Reference(np.zeros(layout.total), np.ones(layout.total), 2, "abs", "bench"))
         columns = [np.arange(FILTERS)] * len(images)
