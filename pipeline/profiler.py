@@ -25,7 +25,7 @@ from pipeline import models
 from pipeline.errors import printable
 from pipeline.manifest import Manifest
 from pipeline.samples import Sample
-from pipeline.saliency import make_engine, prepare_process
+from pipeline.saliency import is_memory, make_engine, prepare_process
 from pipeline.saliency.loss import cross_entropy
 from pipeline.store import MADE_BY, REJECTS, profiles_schema
 
@@ -68,7 +68,7 @@ class Profiler:
         try:
             saliency, logits = self._batch({(start + i) % self.manifest.batch_size: samples[i] for i in chosen})
         except Exception as fault:
-            if _is_memory(fault):
+            if is_memory(fault):
                 raise  # not even one image at a time fits; no sample is to blame
             if len(chosen) == 1:
                 reasons[chosen[0]] = f"the network fails on it: {printable(str(fault).splitlines()[0] if str(fault) else type(fault).__name__)[:200]}"
@@ -92,7 +92,7 @@ class Profiler:
                 parts = [self._rows({row % self.most: places[row] for row in block}) for block in blocks]
                 return tuple(np.concatenate(part) for part in zip(*parts))
             except Exception as fault:
-                if self.most == 1 or not _is_memory(fault):
+                if self.most == 1 or not is_memory(fault):
                     raise
             self.most = (self.most + 1) // 2  # out here, where the failed batch's tensors are let go
             gc.collect()  # those that hold each other
@@ -131,8 +131,3 @@ class Profiler:
             "shard": [shard] * len(samples),
         }
         return pa.table({name: pa.array(columns[name], schema.field(name).type) if name != "saliency" else saliency for name in schema.names}, schema=schema)
-
-
-def _is_memory(fault: Exception) -> bool:
-    """Whether the device, or the machine, had too little memory: torch has an exception for the most usual way alone."""
-    return isinstance(fault, torch.OutOfMemoryError) or (isinstance(fault, RuntimeError) and any(text in str(fault) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")))

@@ -109,7 +109,8 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
 
 
 def built(name: str) -> torch.nn.Module:
-    """The network of a name of --models. Raises BadRequest."""
+    """The network of a name of --models, its weights seeded where its constructor draws them. Raises BadRequest."""
+    torch.manual_seed(1)  # not the images' seed: they would be made of the same numbers
     try:
         return models.build(name)
     except BadRequest as fault:

@@ -61,9 +61,9 @@ def try_engine(name: str, network: torch.nn.Module, images: torch.Tensor) -> Non
     """One image, float32 [B, 3, H, W], through an engine. Raises BadRequest if its gradients cannot be had that way."""
     try:
         make_engine(name, network, "abs")(images[:1], torch.zeros(1, dtype=torch.int64, device=images.device))
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as fault:
+        if is_memory(fault):
+            raise
         reason = str(fault).strip().splitlines()[0][:200] if str(fault).strip() else type(fault).__name__
         raise BadRequest(f"--model: the gradients of one sample cannot be had of this network by the engine {name} ({printable(reason)}), so that there are no profiles of it") from None
 
@@ -82,6 +82,11 @@ def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
     if not logits.isfinite().all(1).any():
         raise BadRequest(f"--model: the network's output is not finite (NaN or infinity) for any of {len(images)} images; check --weights and --preprocess")
     return logits.shape[1]
+
+
+def is_memory(fault: Exception) -> bool:
+    """Whether the device, or the machine, had too little memory: torch has an exception for the most usual way alone."""
+    return isinstance(fault, torch.OutOfMemoryError) or (isinstance(fault, RuntimeError) and any(text in str(fault) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")))
 
 
 def prepare_process(threads: int, precision: str) -> None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from pipeline.filters import FilterLayout
-from pipeline.saliency import Saliency, kernels
+from pipeline.saliency import Saliency, is_memory, kernels
 from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Fold, Norm, folds, leaves, looks_only
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
@@ -284,7 +284,7 @@ def _takes_channels_last(network: torch.nn.Module, images: torch.Tensor) -> bool
         try:
             network(images.clone(memory_format=torch.channels_last))
         except RuntimeError as fault:
-            if isinstance(fault, torch.OutOfMemoryError):
+            if is_memory(fault):
                 raise
             return False
     return True

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.saliency import is_memory
+
 try:
     import triton
     import triton.language as tl
@@ -66,7 +68,7 @@ def _reason(fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor],
     try:
         error = float((fast() - truth).norm() / truth.norm())
     except Exception as fault:  # compilers fail in many ways
-        if isinstance(fault, torch.OutOfMemoryError) or "out of memory" in str(fault):
+        if is_memory(fault):
             raise
         return f"fails ({type(fault).__name__}: {str(fault).splitlines()[0][:120] if str(fault) else ''})"
     return "" if error <= tolerance else f"differs by {error:.1e}"
