@@ -286,8 +286,8 @@ def main() -> None:
         if os.environ.get("FAULTLINE_DEBUG"):
             raise
         code = _unforeseen(defect)
-    if "jobs.cluster" in sys.modules:
-        sys.modules["jobs.cluster"].leave(code)
+    if "jobs.servers" in sys.modules:
+        sys.modules["jobs.servers"].leave(code)
     sys.exit(code)
 
 

@@ -1,4 +1,4 @@
-"""The one place that knows Ray: units in, receipts out, on this process, this machine or a cluster.
+"""Units in, receipts out: on this process, this machine or a cluster. With `servers.py`, the one place that knows Ray.
 
 Ray Data streams and retries: one row is one unit, decoded by CPU tasks, then computed and committed by a pool of actors (a GPU each where there are any).
 What decodes and what writes is the caller's: both travel as they are, a writer as what makes one, so that each actor makes its own.
@@ -8,24 +8,19 @@ Small work runs in this process instead: the same units, the same two steps, the
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import socket
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
-from jobs.environment import WAITING, settle
-from jobs.progress import last_words, say
+from jobs import servers
 from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.units import Unit
 from pipeline.worker import Receipt
@@ -37,15 +32,9 @@ At = Callable[[str], AbstractContextManager]
 
 SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless one is asked for
 DECODE_CPUS = 0.5  # that a decode task reserves
-QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
-ANSWER = 10.0  # seconds in which a cluster's head accepts a connection
-STARTS = 3  # times that Ray is started on this machine before it is given up
 PATIENCE = "FAULTLINE_PATIENCE"  # seconds without a finished unit, once there was one, after which the workers are believed to hang
 SLOWEST = 20  # and never fewer than so many times the longest pause so far
 ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
-
-
-broken = False  # whether Ray itself failed in this process
 
 
 class Hung(Exception):
@@ -67,8 +56,8 @@ def device_for(asked: str | None, address: str | None) -> str:
 
     A cluster that starts its GPU nodes on demand has none yet: there it must be asked for. Raises BadRequest for a GPU or a cluster that is not there.
     """
-    if joins(address):
-        ray = _start(address)  # whatever was asked: a cluster that cannot be reached is told here, before anything is done
+    if servers.joins(address):
+        ray = servers.start(address)  # whatever was asked: a cluster that cannot be reached is told here, before anything is done
         return asked or ("cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
     import torch
 
@@ -105,14 +94,9 @@ def cpus_of_an_engine(threads: int, engines: int, cpus: int) -> float:
     return int(share) if share >= 1 else max(0.01, int(100 * share) / 100 - (0.01 if int(100 * share) == 100 * DECODE_CPUS else 0))
 
 
-def joins(address: str | None) -> bool:
-    """Whether an existing cluster is joined: only when told, by --address or RAY_ADDRESS."""
-    return (address or os.environ.get("RAY_ADDRESS", "local")) != "local"
-
-
 def in_this_process(address: str | None, actors: tuple[int, int] | None, samples: int) -> bool:
     """Whether a job of about `samples` samples is done without Ray: it is little, and nothing else was asked for."""
-    return address is None and actors is None and not joins(None) and samples <= SMALL
+    return address is None and actors is None and not servers.joins(None) and samples <= SMALL
 
 
 @contextmanager
@@ -121,7 +105,7 @@ def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str,
     if in_this_process(address, actors, samples):
         yield Stream(partial(_here, decoder, make_writer(), at), "starting in this process (small work; --address local starts Ray)")
         return
-    ray = _start(address)
+    ray = servers.start(address)
     yield Stream(lambda units, attempts: _stream(ray, decoder, make_writer, threads, device, actors, units, attempts), "waiting for the first unit: Ray's workers are starting (half a minute or so)")
 
 
@@ -130,121 +114,6 @@ def _here(decoder: Decode, write: Callable[[pa.Table], Receipt], at: At, units: 
         with at(unit.stem):
             receipt = write(decoder(unit))
         yield receipt
-
-
-def _start(address: str | None):
-    """ray, initialised and silent. Raises BadRequest if the cluster at `address` cannot be joined, Stopped if none starts here."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
-    import ray._private.worker
-    import ray.data
-
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # what raylets have to say of dead workers goes to stdout, whatever is asked; here it is seen by what is missing
-    warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)  # bounded retries have no other spelling in this Ray
-    warnings.filterwarnings("ignore", module=r"ray\.data\.")
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
-    log = logging.getLogger("ray.data")
-    for handler in [h for h in log.handlers if isinstance(h, logging.StreamHandler)]:
-        log.removeHandler(handler)  # the terminal; its file in Ray's session folder stays
-    if not ray.is_initialized():
-        _join(ray, address or os.environ["RAY_ADDRESS"]) if joins(address) else _start_here(ray)
-        _watch(ray)
-    return ray
-
-
-def _join(ray, address: str) -> None:
-    """Raises BadRequest if there is no cluster, at once where nothing listens: Ray itself tries for half a minute, and hears no signal meanwhile."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        if host and port.isdecimal():
-            socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
-        with _muted(), own_sigterm():
-            ray.init(address=address, runtime_env={"env_vars": WAITING}, **QUIET)
-    except Exception as fault:
-        raise BadRequest(f"--address: no Ray cluster can be joined at {printable(address)} ({_reason(fault)}); start one with ray start --head, or use --address local") from None
-
-
-def _start_here(ray) -> None:
-    """Ray on this machine. Its servers have 30 seconds to come up, which a busy machine does not always give them: it is tried again. Raises Stopped."""
-    settle()  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
-    for left in reversed(range(STARTS)):
-        try:
-            with _muted(), own_sigterm():
-                ray.init(address="local", include_dashboard=False, **QUIET)
-            return
-        except Exception as fault:
-            ray.shutdown()
-            if not left:
-                raise Stopped(f"Ray did not start on this machine ({_reason(fault)}): it may be too busy, or short of memory\nthe same command goes on") from None
-            say(f"Ray did not start ({_reason(fault)}); trying again")
-
-
-def _watch(ray) -> None:
-    """From now on, where one of Ray's servers beside this process ends while it is needed, this process says so and ends with exit code 4: what is committed stays.
-
-    Ray's core would end it too, from within, with exit code 1 and no word, but later: without the raylet, in which the object store lives, when it next has something to write
-    there; without the control server, which is looked at where it was started here, after a minute.
-    """
-    node = ray._private.worker.global_worker.node
-    if node is None:
-        return  # a client of a cluster elsewhere has no raylet beside it
-
-    def raylet() -> None:
-        with socket.socket(socket.AF_UNIX) as line:
-            line.connect(node.plasma_store_socket_name)
-            line.recv(1)  # nothing is ever said here: it returns when the other end is gone
-
-    def watch(name: str, wait: Callable[[], object]) -> None:
-        with suppress(OSError):
-            wait()
-            if ray.is_initialized() and ray._private.worker.global_worker.node is node and not broken:
-                last_words(f"faultline: Ray's server on this machine (its {name}) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes")
-                os._exit(Stopped.exit_code)
-
-    threading.Thread(target=watch, args=("raylet", raylet), daemon=True).start()
-    for control in node.all_processes.get("gcs_server", []):
-        threading.Thread(target=watch, args=("control server", control.process.wait), daemon=True).start()
-
-
-def leave(code: int) -> None:
-    """Where Ray itself has failed: ends what it started here, and this process with `code`. Ray's own goodbyes would end it with another, since they wait for servers that are gone."""
-    if not broken:
-        return
-    node = sys.modules["ray"]._private.worker._global_node
-    if node is not None:
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _reason(fault: Exception) -> str:
-    return printable((str(fault).strip().splitlines() or [type(fault).__name__])[0])[:160]
-
-
-@contextmanager
-def own_sigterm() -> Iterator[None]:
-    """SIGTERM means afterwards what it meant before: Ray puts a handler of its own there, which dumps a stack and aborts."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _muted() -> Iterator[None]:
-    """No stderr inside: Ray's C++ core announces its log level there. Exceptions come through; what it finds later is fatal or comes back as one."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
 
 
 def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device: str, actors: tuple[int, int] | None, units: list[Unit], attempts: int) -> Iterator[Receipt]:
@@ -278,8 +147,7 @@ def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device:
                 wait_again()
                 yield Receipt(**row)
     except (ray.exceptions.RayError, RuntimeError) as fault:
-        global broken
-        broken = True
+        servers.leaving = True  # it is told here
         text = str(fault).strip().splitlines()
         raise Stopped(f"Ray stopped the job: {printable(text[-1] if text else type(fault).__name__)[:300]}\nwhat is done is kept; the same command resumes") from None
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import begin, cluster
+from jobs import begin, cluster, servers
 from jobs.crumb import Crumb
 from jobs.progress import ProgressBar, say
 from jobs.work import ATTEMPTS, Work, run_units
@@ -97,7 +97,7 @@ def extract(settings: Settings) -> Outcome:
     """Run it. Raises BadRequest before anything is done, Stopped once something is (the same command resumes)."""
     settings.check()
     store = Store(settings.run.expanduser().absolute())
-    if settings.device == "cuda" or cluster.joins(settings.address):
+    if settings.device == "cuda" or servers.joins(settings.address):
         cluster.device_for(settings.device, settings.address)  # refused before anything is written
     refuse_imported(store, settings.dataset)
     source, names = open_source(settings.source, settings.devkit)

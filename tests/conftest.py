@@ -16,9 +16,12 @@ settings.register_profile("fuzz", settings.get_profile("house"), derandomize=Fal
 settings.load_profile("house")
 
 
+LONGEST = ["test_faults.py", "test_harm.py", "test_cluster.py", "test_job_submit.py", "test_chaos.py", "test_memory.py"]  # they wait for processes more than they compute
+
+
 def pytest_collection_modifyitems(items) -> None:
-    """The file that takes longest begins first: files are shared out whole, in this order."""
-    items.sort(key=lambda item: item.path.name != "test_faults.py")
+    """Files that take longest begin first: files are shared out whole, in this order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
-import tempfile
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
-from jobs import cluster
+from jobs import cluster, servers
 from jobs.chaos.processes import ending, finished, running, strangers
 from jobs.extract import Settings, extract
 from pipeline.errors import BadRequest, Stopped
@@ -52,10 +54,10 @@ def test_a_start_of_ray_that_times_out_is_tried_again(monkeypatch, capsys, faili
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if failing < 3:
-        assert cluster._start(None) is ray
+        assert servers.start(None) is ray
     else:
         with pytest.raises(Stopped, match="Ray did not start on this machine .The current node timed out during startup"):
-            cluster._start(None)
+            servers.start(None)
     assert len(calls) == min(failing + 1, 3) and capsys.readouterr().err.count("trying again") == min(failing, 2)
 
 
@@ -125,12 +127,44 @@ def test_units_go_through_a_pool_of_gpu_actors_one_receipt_each(tmp_path, two_gp
     assert sorted(note.read_text() for note in run.glob("gpu-*")) == ["cuda 0", "cuda 1"]
 
 
-@pytest.mark.parametrize("broken, code", [(True, 4), (False, 1)])
-def test_where_ray_has_failed_the_exit_code_is_ours(broken, code):
-    """Its own goodbyes may end the process with another; here something that is registered to be done at the end does."""
-    script = f"import atexit, os, sys, ray\natexit.register(os._exit, 1)\nfrom jobs import cluster\ncluster.broken = {broken}\nprint('last words')\ncluster.leave(4)\nsys.exit(4)"
+RAY = """
+import atexit, os, subprocess, sys, types
+import ray._private.worker
+from jobs import servers
+child = subprocess.Popen(["sleep", "60"])
+print(child.pid, flush=True)
+atexit.register(os._exit, 1)
+node = types.SimpleNamespace(is_head=lambda: True, destroy_external_storage=lambda: print("no spilled objects"))
+"""
+
+
+@pytest.mark.parametrize("begun, code", [(True, 4), (False, 1)])
+def test_where_ray_was_begun_the_exit_code_is_ours_and_nothing_stays(begun, code):
+    """Ray's own goodbyes may end the process with another; here something that is registered to be done at the end does."""
+    script = RAY + f"ray._private.worker._global_node = node if {begun} else None\nprint('last words')\nservers.leave(4)\nchild.kill()\nsys.exit(4)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == code and (not broken or done.stdout == "last words\n")
+    pid, *said = done.stdout.split("\n")
+    assert done.returncode == code and (not begun or said == ["last words", "no spilled objects", ""])
+    assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("name, shown", [("gcs_server", "control server"), ("raylet", "raylet")])
+def test_a_server_that_ends_while_ray_starts_is_told(tmp_path, name, shown):
+    """Ray's core would wait for a minute, and end the process with 1 and no word, which it could not say either: stderr is muted meanwhile."""
+    server = shutil.copy(shutil.which("sleep"), tmp_path / name)
+    script = f"""
+import os, subprocess, sys, time
+from jobs import servers
+with servers._muted() as terminal, servers._watched_start(terminal):
+    print("not shown", file=sys.stderr)
+    server = subprocess.Popen([{str(server)!r}, "60"])
+    time.sleep(1)
+    server.kill()
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 4
+    assert done.stderr == f"faultline: Ray's server on this machine (its {shown}) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes\n"
 
 
 @pytest.mark.processes

@@ -16,8 +16,8 @@ import psutil
 
 from jobs import digits
 from jobs.chaos.processes import finished
-from jobs.cluster import own_sigterm
 from jobs.progress import say
+from jobs.servers import own_sigterm
 from pipeline import failpoints
 from pipeline.errors import Stopped, printable
 from pipeline.store import Store
