@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from jobs.chaos.campaign import figures, kind_of, read_records
+from jobs.chaos.campaign import figures, kind_of, one, read_records
 from jobs.chaos.ground import Ground, cut
 from jobs.chaos.kinds import KINDS
 from jobs.chaos.rounds import Record, Round
@@ -99,6 +99,34 @@ def test_a_job_that_never_completes_is_foul(round_, monkeypatch):
     round_.codes = [4]
     round_.complete()
     assert len(round_.codes) == 1 + rounds_module.AGAIN and "not done after" in round_.foul[0]
+
+
+def test_what_was_waited_for_in_vain_is_foul_and_the_job_is_completed_like_any_other(tmp_path, monkeypatch):
+    """What such a round lost is counted after the same command has been given again, not where it was broken off."""
+    ended = []
+
+    class Endless:
+        def clear(self):
+            ended.append(self)
+            self.process = type("Process", (), {"wait": lambda self, seconds: -9})()
+
+    def in_vain(r):
+        r.job = Endless()
+        raise AssertionError("did not happen in 120 s")
+
+    def complete(self):
+        assert self.codes == [-9] and len(ended) == 1
+        self.codes.append(0)
+        profiles(self.run / "profiles/val/a-00000000-00000004.parquet", list("abcd"))
+
+    monkeypatch.setenv(failpoints.VARIABLE, str(tmp_path / "failpoints"))
+    monkeypatch.setitem(KINDS, "in vain", in_vain)
+    monkeypatch.setattr(Round, "complete", complete)
+    ground = Ground(tmp_path)
+    ground.failpoints.mkdir()
+    profiles(ground.reference / "profiles/val/a-00000000-00000004.parquet", list("abcd"))
+    record = one(ground, 0, 0, "in vain")
+    assert record.foul == ["did not happen in 120 s"] and record.codes == [-9, 0] and (record.lost, record.doubled, record.wrong) == (0, 0, 0)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------

@@ -93,10 +93,13 @@ def one(ground: Ground, number: int, seed: int, kind: str) -> Record:
     start = time.monotonic()
     round_ = Round(ground, number, seed)
     try:
-        KINDS[kind](round_)
+        try:
+            KINDS[kind](round_)
+        except AssertionError as fault:  # what was waited for did not happen: the job ends here, and must be whole afterwards like any other
+            round_.foul.append(str(fault)[:300])
+            round_.job.clear()
+            round_.codes.append(round_.job.process.wait(10))
         round_.complete()
-    except AssertionError as fault:  # what was waited for did not happen
-        round_.foul.append(str(fault)[:300])
     finally:
         if round_.job is not None:
             round_.job.clear()

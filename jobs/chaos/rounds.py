@@ -95,7 +95,7 @@ class Round:
     def after_some(self) -> int:
         """Waits until a few more units are committed, and a little longer; returns how many."""
         wanted = len(self.committed()) + self.chance.randint(1, 10)
-        self.job.until(lambda: len(self.committed()) >= wanted, 120)
+        self.job.until(lambda: len(self.committed()) >= wanted)
         time.sleep(self.chance.uniform(0, 2 * PACE))
         return wanted
 
