@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +18,14 @@ import psutil
 from jobs import digits
 from jobs.chaos.processes import finished
 from jobs.progress import say
-from jobs.servers import own_sigterm
+from jobs.servers import STARTS, own_sigterm
 from pipeline import failpoints
 from pipeline.errors import Stopped, printable
 from pipeline.store import Store
 
 SHARDS, EACH = 32, 8  # shards of a data set, each a unit, and the samples of one
 BEGUN = 4  # units that are done when a round on the cluster begins: as a job that was resumed
-NODE_CPUS, STORE_BYTES = 2, 100 * 2**20  # that each node of the cluster believes to have
+NODE = {"num_cpus": 2, "object_store_memory": 100 * 2**20}  # what each node of the cluster believes to have
 SMALL_DISK = 700  # KiB beyond what a begun run takes
 
 
@@ -92,15 +93,12 @@ class Ground:
 
             logging.getLogger("ray").setLevel(logging.CRITICAL)
             self._ray = tempfile.mkdtemp(prefix="fl-", dir="/tmp" if os.path.isdir("/tmp") else None)  # Ray's socket paths must be short
-            args = {"num_cpus": NODE_CPUS, "object_store_memory": STORE_BYTES, "include_dashboard": False, "temp_dir": self._ray}
-            with own_sigterm():
-                self._cluster = Cluster(initialize_head=True, head_node_args=args)
+            self._cluster = _started(lambda: Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False, "temp_dir": self._ray}))
             self.add_node()
         return self._cluster.address
 
     def add_node(self) -> None:
-        with own_sigterm():
-            self._nodes.append(self._cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=STORE_BYTES))
+        self._nodes.append(_started(lambda: self._cluster.add_node(**NODE)))
 
     def kill_node(self) -> None:
         """SIGKILL to everything of the node that is not the head: its raylet, and the workers that it started."""
@@ -124,6 +122,18 @@ class Ground:
             self._cluster.shutdown()
             self._cluster, self._nodes = None, []
             shutil.rmtree(self._ray, ignore_errors=True)
+
+
+def _started(start: Callable[[], object]):
+    """What `start` gives. A busy machine does not always give Ray's servers the 30 seconds in which they must be up: it is tried again. Raises Stopped."""
+    for left in reversed(range(STARTS)):
+        try:
+            with own_sigterm():
+                return start()
+        except Exception as fault:
+            if not left:
+                raise Stopped(f"no cluster came up ({printable(fault)[:160]}): this machine may be too busy\nthe same command goes on") from None
+            say("no cluster came up; trying again")
 
 
 def index_words(run: Path) -> list[object]:
