@@ -25,9 +25,8 @@ from pipeline.errors import BadRequest, Stopped, printable
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 ANSWER = 10.0  # seconds in which a cluster's head accepts a connection
 STARTS = 3  # times that Ray is started on this machine before it is given up
-SERVERS = {"gcs_server": "control server", "raylet": "raylet"}  # by the names of their processes
+SERVERS = {"gcs_server": ("control server", 3.0), "raylet": ("raylet", 45.0)}  # by the names of their processes; seconds that Ray has, while it starts, to notice the end of one by itself, and to be tried again
 LOOK = 0.1  # seconds between two looks at them while they start
-NOTICES = 3.0  # seconds that Ray has, while it starts, to notice by itself that a server has ended
 GOODBYE = 10.0  # seconds that a cluster has to take leave of this process
 
 leaving = False  # whether this process does without Ray from now on, whose servers may end
@@ -92,14 +91,14 @@ def _watched_start(terminal: int) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        seen: dict[psutil.Process, str] = {}
+        seen: dict[psutil.Process, tuple[str, float]] = {}
         while not done.wait(LOOK):
             with suppress(psutil.Error):
                 seen |= {child: SERVERS[child.name()] for child in psutil.Process().children() if child.name() in SERVERS}
-            gone = [name for child, name in seen.items() if not _alive(child)]
-            if gone and not done.wait(NOTICES):
-                os.dup2(terminal, 2)
-                _end_of_a_server(gone[0])
+            for name, seconds in [known for child, known in seen.items() if not _alive(child)]:
+                if not done.wait(seconds):
+                    os.dup2(terminal, 2)
+                    _end_of_a_server(name)
 
     threading.Thread(target=watch, daemon=True).start()
     try:
