@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from jobs.apart import Died, apart
 from jobs.progress import say
 from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout, coverage
+from pipeline.locks import hold
 from pipeline.manifest import Manifest
 from pipeline.store import Store
 from pipeline.units import MOST
@@ -29,6 +31,7 @@ if TYPE_CHECKING:  # torch is loaded for new data sets alone
 
 LOOK, AGAIN = 64, 256  # samples that every new data set is judged by, and where those puzzle
 TRIAL = 3  # images on which an engine is chosen
+PATIENCE = 60.0  # seconds in which another job has begun a run
 TRIES = 4  # times that a network is tried, each time on other images, where some kill its process
 
 
@@ -175,16 +178,30 @@ def examine(seen: Look, network: torch.nn.Module, manifest: Manifest, devkit: di
     return found
 
 
+@contextmanager
+def alone(store: Store) -> Iterator[None]:
+    """While this job looks whether the run is there, and begins it, no other does. Raises BadRequest if the folder cannot be written, Busy if another job is at it for long."""
+    try:
+        store.run.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise _unwritable(store, fault) from None
+    with hold(store.run / ".begin.lock", store.run, f"another job is beginning {printable(store.run)}: give the same command again when it has", PATIENCE):
+        yield
+
+
 def write(store: Store, manifest: Manifest, network: torch.nn.Module) -> None:
     """Begin the run: its weights, then run.json. Raises BadRequest if the folder cannot be written."""
     from pipeline import models
 
     try:
-        store.run.mkdir(parents=True, exist_ok=True)
         models.save_weights(network, store.run / "weights.safetensors")
         replace(manifest, saved_sha256=models.file_sha256(store.run / "weights.safetensors")).write(store.run)
     except OSError as fault:
-        raise BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)}); choose another folder") from None
+        raise _unwritable(store, fault) from None
+
+
+def _unwritable(store: Store, fault: OSError) -> BadRequest:
+    return BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)}); choose another folder")
 
 
 def save_weights(store: Store, network: torch.nn.Module) -> None:

@@ -20,7 +20,7 @@ from jobs import evidence, signals
 from jobs.bench import command as benchmarks
 from jobs.environment import settle
 from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines
-from jobs.progress import say, stages
+from jobs.progress import say, settle_streams, stages
 from pipeline.errors import BadRequest, Fault, Stopped, printable
 
 app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Which filters made an image classifier err, and which other images fail for the same reason.")
@@ -268,6 +268,7 @@ def chaos(
 def main() -> None:
     """The console script: runs the command and turns every ending into its exit code and a message of one to three lines."""
     settle()
+    settle_streams()
     signals.hear(writes=sys.argv[1:2] not in ([verb] for verb in ASKING))
     try:
         code = _run()

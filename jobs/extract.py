@@ -101,8 +101,7 @@ def extract(settings: Settings) -> Outcome:
         cluster.device_for(settings.device, settings.address)  # refused before anything is written
     refuse_imported(store, settings.dataset)
     source, names = open_source(settings.source, settings.devkit)
-    names = names[: settings.shards]
-    for line in source.advice(names):
+    for line in source.advice(names[: settings.shards]):
         say(line)
     manifest = matching(store, settings)
     classifier = None if manifest else begin.load_model(settings.model, settings.weights, settings.preprocess, settings.precision, settings.device, settings.address)
@@ -129,9 +128,12 @@ def admitted(store: Store, settings: Settings, source: Source, census: Census, m
     alone = crumb.deaths > 0 or not cluster.in_this_process(settings.address, settings.actors, census.samples)
     with nullcontext() if alone else crumb.at("the first look"):
         admitted = begin.admit(asked, again(begin.LOOK), again, manifest, classifier, alone, settings.force)
-    if manifest is None:
-        begin.write(store, admitted, classifier.network)
-    return admitted
+    if manifest is not None:
+        return admitted
+    with begin.alone(store):
+        if (begun := matching(store, settings)) is None:  # or another job has begun it in the meantime, and what it wrote stays
+            begin.write(store, admitted, classifier.network)
+    return begun or admitted
 
 
 def crumb_of(store: Store, dataset: str) -> Path:
@@ -155,37 +157,36 @@ def refuse_imported(store: Store, dataset: str) -> None:
         raise BadRequest(f"--dataset: '{printable(dataset)}' names imported statistics of this run; call the data set something else")
 
 
-def take_census(store: Store, settings: Settings, source: Source, names: list[str]) -> Census:
-    """Count the shards, or remember their counts. Raises BadRequest if a shard is damaged or not what this data set was made from, or if an ID stands twice."""
+def take_census(store: Store, settings: Settings, source: Source, every: list[str]) -> Census:
+    """Count the shards that are asked for of `every`, and those that were before. Raises BadRequest if a shard is damaged or not what this data set was made from, or if an ID stands twice."""
     known: dict[str, Shard] = {}
     if store.is_counted(settings.dataset):
         before = store.census(settings.dataset)
         if (before.kind, before.root) != (source.kind, source.root):
             raise BadRequest(f"--source: data set '{printable(settings.dataset)}' of this run comes from {printable(before.spec)} ({before.kind} in {printable(before.root)}), not {printable(settings.source)}; give another --dataset or --run")
         known = {shard.name: shard for shard in before.shards}
+    asked = every[: settings.shards]
+    names = asked + [name for name in every if name in known and name not in set(asked)]  # not asked for now, and still part of the data set
     ids = Ids(source)
     with ThreadPoolExecutor(min(16, len(names))) as pool, ProgressBar("counting shards", len(names), unit="shards") as bar:
-        shards, faults, samples = [], [], 0
+        shards, faults = [], []
         for counted in pool.map(lambda name: _count(ids, name), names):
             bar.advance(1)
             if isinstance(counted, BadRequest):
                 faults.append(str(counted))
                 continue
             shards.append(counted)
-            samples += counted.samples
     if faults:
         raise BadRequest("\n".join(faults[:3]) + (f" (and {len(faults) - 3} more shards)" if len(faults) > 3 else ""))
     changed = [s.name for s in shards if s.name in known and (known[s.name].version, known[s.name].samples) != (s.version, s.samples)]
-    lost = [name for name in known if name not in set(names)] if settings.shards is None else []
+    lost = [name for name in known if name not in set(names)]
     for what, which in (("changed since this data set was begun", changed), ("part of this data set, but not in --source", lost)):
         if which:
             raise BadRequest(f"--source: {printable(', '.join(which[:3]))} {'is' if what[0] == 'p' else 'has'} {what}; put it back, or extract into another --dataset")
-    if not samples:
+    if not any(shard.samples for shard in shards[: len(asked)]):
         raise BadRequest(f"--source: {printable(settings.source)} holds no sample: give shards that hold some")
     ids.refuse_doubles()
-    counted = {shard.name for shard in shards}
-    forgotten = tuple(shard for shard in known.values() if shard.name not in counted)  # not asked for now, and still part of the data set
-    return Census(settings.source, source.kind, source.root, (*shards, *forgotten), settings.max_samples, len(shards))
+    return Census(settings.source, source.kind, source.root, tuple(shards), settings.max_samples, len(asked))
 
 
 def _count(ids: Ids, name: str) -> Shard | BadRequest:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TextIO
 
 from pipeline.errors import printable
 
@@ -14,11 +15,40 @@ PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
 
 
 def say(text: str) -> None:
-    """One line to stderr; stdout belongs to results. Where nobody reads it any more, the job goes on unheard."""
-    try:
+    """One line to stderr; stdout belongs to results. Where nobody can read it, the job goes on unheard."""
+    with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+class Unheard:
+    """A stderr on which no job fails: what cannot be written, since its reader, its terminal or the room on its disk is gone, is lost."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def settle_streams() -> None:
+    """Standard streams that were closed lead to nowhere, and not to the next file that is opened; stderr never ends a job."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
+    sys.__stderr__ = sys.__stderr__ or open(2, "w", encoding="utf-8", closefd=False)
+    sys.stderr = Unheard(sys.stderr or sys.__stderr__)
 
 
 def last_words(text: str) -> None:

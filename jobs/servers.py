@@ -27,8 +27,10 @@ ANSWER = 10.0  # seconds in which a cluster's head accepts a connection
 STARTS = 3  # times that Ray is started on this machine before it is given up
 SERVERS = {"gcs_server": ("control server", 3.0), "raylet": ("raylet", 45.0)}  # by the names of their processes; seconds that Ray has, while it starts, to notice the end of one by itself, and to be tried again
 LOOK = 0.1  # seconds between two looks at them while they start
+FAMILY = 2.0  # seconds between two looks at what Ray has started here
 GOODBYE = 10.0  # seconds that a cluster has to take leave of this process
 
+family: set[psutil.Process] = set()  # what Ray has started here, as far as it was seen
 leaving = False  # whether this process does without Ray from now on, whose servers may end
 
 
@@ -123,11 +125,19 @@ def _watch(ray) -> None:
     node = ray._private.worker.global_worker.node
     if node is None:
         return  # a client of a cluster elsewhere has no raylet beside it
+    if node.is_head():
+        family.update(psutil.Process().children(recursive=True))
 
     def raylet() -> None:
         with socket.socket(socket.AF_UNIX) as line:
             line.connect(node.plasma_store_socket_name)
-            line.recv(1)  # nothing is ever said here: it returns when the other end is gone
+            line.settimeout(FAMILY)
+            while True:
+                with suppress(TimeoutError):
+                    line.recv(1)  # nothing is ever said here: it returns when the other end is gone
+                    return
+                if node.is_head():
+                    family.update(psutil.Process().children(recursive=True))
 
     def watch(name: str, wait: Callable[[], object]) -> None:
         with suppress(OSError):
@@ -142,6 +152,7 @@ def _watch(ray) -> None:
 
 def _end_of_a_server(name: str) -> None:
     last_words(f"faultline: Ray's server on this machine (its {name}) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes")
+    _end_family()
     os._exit(Stopped.exit_code)
 
 
@@ -162,14 +173,21 @@ def leave(code: int) -> None:
     if node.is_head():
         with suppress(Exception):
             node.destroy_external_storage()  # what did not fit into the object store
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                process.kill()
+        _end_family()
     else:
         goodbye = threading.Thread(target=ray.shutdown, daemon=True)
         goodbye.start()
         goodbye.join(GOODBYE)
     os._exit(code)
+
+
+def _end_family() -> None:
+    """SIGKILL to all that this process has started, and to what lost its parent, a raylet, before."""
+    with suppress(psutil.Error):
+        family.update(psutil.Process().children(recursive=True))
+    for process in family:
+        with suppress(psutil.Error):  # which knows a process by its time of birth too, and kills no other
+            process.kill()
 
 
 def _reason(fault: Exception) -> str:

@@ -1,4 +1,4 @@
-"""How a command is told to stop, by Ctrl-C or by SIGTERM as schedulers do: once, and it takes leave; twice, and it ends where it is."""
+"""How a command is told to stop, by Ctrl-C, by SIGTERM as schedulers do, or by the end of its terminal: once, and it takes leave; twice, and it ends where it is."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def hear(writes: bool) -> None:
 
 def _answer(handler: Callable[..., None] | signal.Handlers) -> None:
     signal.signal(signal.SIGTERM, handler)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a shell's background
-        signal.signal(signal.SIGINT, handler)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in a shell's background, and under nohup
+            signal.signal(number, handler)
 
 
 def _stop(*_: object) -> None:

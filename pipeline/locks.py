@@ -1,11 +1,13 @@
-"""Who may write: one job a data set, an index, an experiment. A lock is held by a living process alone, so a job that died leaves none behind."""
+"""Who may write: one job a data set, an index, an experiment, the beginning of a run. A lock is held by a living process alone, so a job that died leaves none behind."""
 
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import BadRequest, printable
 
@@ -15,16 +17,25 @@ class Busy(BadRequest):
 
 
 @contextmanager
-def hold(lock: Path, run: Path, refusal: str) -> Iterator[None]:
-    """Hold a lock file against a second job; the lock dies with the process. Raises Busy with `refusal` if another job holds it."""
+def hold(lock: Path, run: Path, refusal: str, seconds: float = 0) -> Iterator[None]:
+    """Hold a lock file against a second job; the lock dies with the process. Raises Busy with `refusal` if another job holds it, and still does after so many seconds."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "w")
     except OSError as fault:
         raise BadRequest(f"--run: {printable(run)} cannot be written ({printable(fault)}): make it writable, or give a copy of it") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(refusal) from None
+        limit = time.monotonic() + seconds
+        while not _locked(file):
+            if time.monotonic() >= limit:
+                raise Busy(refusal)
+            time.sleep(0.1)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

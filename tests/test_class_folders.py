@@ -93,7 +93,7 @@ def test_folder_that_changed_is_refused_on_read(tmp_path, change):
     else:
         shutil.rmtree(tmp_path / "cat")
     assert source.census(name).version != shard.version
-    with pytest.raises(BadRequest, match="cat holds other files than when the run began: put them back, or begin another run"):
+    with pytest.raises(BadRequest, match="cat holds other files than when it was counted: put them back, or extract into another --dataset"):
         list(source.read(shard.marks_for(0, 3), name, 0, 3))
 
 
@@ -184,5 +184,5 @@ def test_other_content_under_the_same_name_is_noticed(tmp_path):
     (tmp_path / "tree/dog/2.jpg").write_bytes(b"larger")
     assert source.census(name).version != shard.version
     assert len(list(source.read(shard.marks_for(0, 2), name, 0, 2))) == 2
-    with pytest.raises(BadRequest, match="dog holds other files than when the run began"):
+    with pytest.raises(BadRequest, match="dog holds other files than when it was counted"):
         list(source.read(shard.marks_for(2, 3), name, 2, 3))

@@ -231,7 +231,7 @@ def test_a_shard_that_changes_while_a_job_runs_is_refused(tmp_path, changed, int
     write(changed)
     among = range(interval[0] // 128 * 128, min(200, -(-interval[1] // 128) * 128))
     if changed in among:
-        with pytest.raises(BadRequest, match="a.tar is another file than when the run began: put the old file back"):
+        with pytest.raises(BadRequest, match="a.tar is another file than when it was counted: put the old file back"):
             list(source.read(shard.marks_for(*interval), name, *interval))
     else:
         assert list(source.read(shard.marks_for(*interval), name, *interval)) == whole
@@ -250,7 +250,7 @@ def test_labels_that_change_under_the_same_headers_are_another_file(tmp_path, ki
     write(130)
     assert source.census(name).version != shard.version
     if interval[1] > 128:
-        with pytest.raises(BadRequest, match="a.tar is another file than when the run began"):
+        with pytest.raises(BadRequest, match="a.tar is another file than when it was counted"):
             list(source.read(shard.marks_for(*interval), name, *interval))
     else:
         assert list(source.read(shard.marks_for(*interval), name, *interval)) == whole
@@ -261,7 +261,7 @@ def test_shard_that_shrank_since_the_census_is_refused(tmp_path):
     source, (name,) = open_source(str(shards.write_shard(tmp_path / "a.tar", [0, 1, 2])))
     shard = source.census(name)
     shards.write_shard(tmp_path / "a.tar", [0, 1])
-    with pytest.raises(BadRequest, match="a.tar holds 2 samples where it held 3 or more when the run began"):
+    with pytest.raises(BadRequest, match="a.tar holds 2 samples where it held 3 or more when it was counted"):
         list(source.read(shard.marks, name, 0, 3))
     assert source.census(name).version != shard.version
 

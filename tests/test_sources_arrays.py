@@ -205,10 +205,10 @@ def test_cut_or_changed_file_is_refused(tmp_path, form):
     images = pictures(300)
     images[299, 5, 5, 1] ^= 1
     write(tmp_path, form, images, np.zeros(300, int))
-    with pytest.raises(BadRequest, match="is not what it was when the run began"):
+    with pytest.raises(BadRequest, match="is not what it was when it was counted"):
         list(source.read(shard.marks_for(290, 300), name, 290, 300))
     write(tmp_path, form, pictures(300), np.ones(300, int))
-    with pytest.raises(BadRequest, match="is not what it was when the run began"):
+    with pytest.raises(BadRequest, match="is not what it was when it was counted"):
         list(source.read(shard.marks_for(0, 3), name, 0, 3))
     assert source.census(name).version != shard.version
 

@@ -259,7 +259,7 @@ def test_cut_or_changed_batch_is_refused(tmp_path, age):
     with pytest.raises(BadRequest, match="test_batch cannot be read: .*cut off"):
         source.census(name)
     dump(path, pictures(300, 1), [1] * 300, age)
-    with pytest.raises(BadRequest, match="test_batch is not what it was when the run began"):
+    with pytest.raises(BadRequest, match="test_batch is not what it was when it was counted"):
         list(source.read(shard.marks, name, 0, 300))
     assert source.census(name).version != shard.version
     dump(path, pictures(300), [2] * 300, age)

@@ -149,7 +149,7 @@ def test_archive_that_changed_since_the_census_is_refused(tmp_path):
     shard = source.census(name)
     list(source.read(shard.marks, name, 0, 1))
     pack(shards.write_shard(tmp_path / "made.tar", [0, 1, 1]))
-    with pytest.raises(BadRequest, match="a.tar.gz is another file than when the run began"):
+    with pytest.raises(BadRequest, match="a.tar.gz is another file than when it was counted"):
         list(source.read(shard.marks, name, 1, 2))
     assert source.census(name).version != shard.version
     assert [s.label for s in shards.samples(pickle.loads(pickle.dumps(source)), name)] == [0, 1, 1]

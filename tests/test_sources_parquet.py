@@ -179,7 +179,7 @@ def test_file_that_changed_since_the_census_is_refused(tmp_path):
     source, (name,) = open_source(str(path))
     shard = source.census(name)
     write(path, [(b"J", None, i + 1) for i in range(20)])
-    with pytest.raises(BadRequest, match="a.parquet is another file than when the run began"):
+    with pytest.raises(BadRequest, match="a.parquet is another file than when it was counted"):
         list(source.read(shard.marks, name, 0, 20))
     assert source.census(name).version != shard.version
 

@@ -157,7 +157,7 @@ def test_archive_that_is_cut_or_changed_is_refused(tmp_path, suffix):
     with pytest.raises(BadRequest, match="cannot be read to its end"):
         source.census(name)
     pack(write_release(tmp_path / "other", [0, 1]), path)
-    with pytest.raises(BadRequest, match="when the run began"):
+    with pytest.raises(BadRequest, match="when it was counted"):
         list(source.read(shard.marks, name, 0, shard.samples))
     assert source.census(name).version != shard.version
 

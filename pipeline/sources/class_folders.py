@@ -92,7 +92,7 @@ class ClassFolders(Source):
             part = images[first : first + count]
             found = self._look(part) if digest(images) == names else []
             if digest(size for size, _ in found) != sizes:
-                raise BadRequest(f"{printable(os.path.join(self.root, folder))} holds other files than when the run began: put them back, or begin another run")
+                raise BadRequest(f"{printable(os.path.join(self.root, folder))} holds other files than when it was counted: put them back, or extract into another --dataset")
             for at in range(max(start - position, 0), min(stop - position, count)):
                 fault = found[at][1]
                 content, fault = (b"", fault) if fault else load(os.path.join(self.root, part[at]))

@@ -47,7 +47,7 @@ def files_below(folder: str, root: str) -> Iterator[str]:
         at = waiting.pop()
         entries = _listed(at)
         found = os.stat(at)
-        if (found.st_dev, found.st_ino) in entered or (os.path.islink(at) and _lies_in(root, at)):
+        if (found.st_dev, found.st_ino) in entered or (at != root and os.path.islink(at) and _lies_in(root, at)):
             continue
         entered.add((found.st_dev, found.st_ino))
         inner = []
@@ -64,7 +64,7 @@ def holds_image(folder: str, root: str) -> bool:
     """Whether there is an image at any depth of a folder of `root`. No more is listed than it takes to find one."""
     try:
         with os.scandir(folder) as entries:
-            found = any(is_image(e.name) and not _is_folder(e) and _is_file(e) for e in entries) and not (os.path.islink(folder) and _lies_in(root, folder))
+            found = any(is_image(e.name) and not _is_folder(e) and _is_file(e) for e in entries) and not (folder != root and os.path.islink(folder) and _lies_in(root, folder))
     except OSError as fault:
         raise _unlisted(folder, fault) from None
     return found or any(map(is_image, files_below(folder, root)))

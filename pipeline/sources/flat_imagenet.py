@@ -81,7 +81,7 @@ class FlatImageNet(Source):
             part = images[position : position + len(labels)]
             found = self._look(part)
             if _digest(part, found) != known:
-                raise BadRequest(f"{printable(self.root)} holds other files than when the run began: put them back, or begin another run")
+                raise BadRequest(f"{printable(self.root)} holds other files than when it was counted: put them back, or extract into another --dataset")
             for at in range(max(start - position, 0), min(stop - position, len(part))):
                 fault = found[at][1] if labels[at] >= 0 else f"the devkit has no label for this name; it knows {NAME.pattern.partition('(')[0]}00000001 and so on"
                 content, fault = (b"", fault) if fault else load(os.path.join(self.root, part[at]))

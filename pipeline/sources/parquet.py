@@ -68,7 +68,7 @@ class HuggingFaceParquet(Source):
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:
         position, (first, version) = marks[0]
         if self._version(name) != version:
-            raise BadRequest(f"{printable(self._path(name))} is another file than when the run began: put the old file back, or begin another run")
+            raise BadRequest(f"{printable(self._path(name))} is another file than when it was counted: put the old file back, or extract into another --dataset")
         with self._open(name) as file:
             image, label = self._columns(name, file.schema_arrow)
             groups = list(range(first, file.num_row_groups))

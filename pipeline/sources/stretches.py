@@ -114,7 +114,7 @@ class Stretches(Source, ABC):
                     for at in range(max(start, first), min(stop, first + len(pixels))):
                         yield RawSample(self._id(name, at), png(pixels[at - first]), rows.labels[at])
         except FAULTS as fault:
-            raise BadRequest(f"{printable(self._path(name))} is not what it was when the run began ({printable(fault)[:300]}): put the old file back, or begin another run") from None
+            raise BadRequest(f"{printable(self._path(name))} is not what it was when it was counted ({printable(fault)[:300]}): put the old file back, or extract into another --dataset") from None
 
     def _id(self, name: str, at: int) -> str:
         return f"{self.stem(name)}/{at:06d}"

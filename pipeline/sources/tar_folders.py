@@ -61,7 +61,7 @@ class TarFolders(Source):
         for group in groups(path, _key, lambda member: True, [(position, at) for position, (at, _, _) in marks], start, stop):
             parts = group.key.split("/")[above:]
             if len(parts) < 2 or parts[0] not in labels:
-                raise BadRequest(f"{printable(path)} holds other files than when the run began: put the old file back, or begin another run")
+                raise BadRequest(f"{printable(path)} holds other files than when it was counted: put the old file back, or extract into another --dataset")
             sample_id, member = sample_id_of("/".join(parts)), group.members[0]
             if len(group.members) > 1:
                 yield RawSample(sample_id, fault="two members of this name in a row")

@@ -258,11 +258,11 @@ def groups(path: str, key: Key, holds: Which, marks: Sequence[tuple[int, object]
         else:
             walk.close()
     if walk.position < stop:
-        raise BadRequest(f"{printable(path)} holds {walk.position} samples where it held {stop} or more when the run began: put the old file back, or begin another run")
+        raise BadRequest(f"{printable(path)} holds {walk.position} samples where it held {stop} or more when it was counted: put the old file back, or extract into another --dataset")
 
 
 def _changed(path: str) -> BadRequest:
-    return BadRequest(f"{printable(path)} is another file than when the run began: put the old file back, or begin another run")
+    return BadRequest(f"{printable(path)} is another file than when it was counted: put the old file back, or extract into another --dataset")
 
 
 _streams: dict[tuple, Walk] = {}

@@ -1,0 +1,118 @@
+"""Two jobs that begin one run at once, and a run that goes away: what is there afterwards is of one network, and nobody is answered with another's numbers."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import tiny
+
+from jobs import begin
+from pipeline.locks import Busy, hold
+from pipeline.store import Store
+
+
+@pytest.fixture
+def mine(small, tmp_path):
+    """Sources of its own, and a run not yet begun."""
+    return tiny.Small(tmp_path / "run", shutil.copytree(small.sources, tmp_path / "sources"))
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """`meanwhile(job)`: another job is done from beginning to end when the next one has looked at its images, and is about to begin the run."""
+    admit = begin.admit
+
+    def plan(job):
+        def slow(*args, **kwargs):
+            monkeypatch.setattr(begin, "admit", admit)
+            admitted = admit(*args, **kwargs)
+            job()
+            return admitted
+
+        monkeypatch.setattr(begin, "admit", slow)
+
+    return plan
+
+
+def contents(run):
+    return {p.name: p.read_bytes() for p in (run / "run.json", run / "weights.safetensors", *Store(run).files("val"))}
+
+
+@pytest.mark.parametrize("words, model, says", [([], "tiny:other_weights", "weights"), (["--batch-size", 7], tiny.MODEL, "batch_size"), (["--aggregation", "signed"], tiny.MODEL, "aggregation")])
+@pytest.mark.parametrize("dataset", ["val", "v2"])
+def test_who_begins_second_with_other_settings_is_refused_and_changes_nothing(mine, meanwhile, dataset, words, model, says):
+    """Whether it is the same data set or another: run.json and the weights are those that the first one's profiles were made with."""
+    before = {}
+
+    def other():
+        assert mine.extract("val").code == 0
+        before.update(contents(mine.run))
+
+    meanwhile(other)
+    ended = mine.extract(dataset, *words, model=model)
+    assert ended.code == 2 and says in ended.err.splitlines()[-1] + ended.err, ended.err
+    assert contents(mine.run) == before and mine.extract("v2").code == 0
+
+
+def test_who_begins_second_with_the_same_settings_goes_on(mine, meanwhile, small):
+    meanwhile(lambda: mine.extract("val"))
+    ended = mine.extract("v2")
+    assert ended.code == 0, ended.err
+    for dataset in ("val", "v2"):
+        theirs, ours = (sorted(p.name for p in Store(run).files(dataset)) for run in (small.run, mine.run))
+        assert ours == theirs and Store(mine.run).progress(dataset).pending == 0
+    assert tiny.call("index", "--run", mine.run, "--datasets", "val,v2", "--reference", "val").code == 0
+
+
+def test_who_finds_another_at_the_beginning_waits_for_it_and_not_for_ever(mine, monkeypatch):
+    monkeypatch.setattr(begin, "PATIENCE", 0.2)
+    with hold(mine.run / ".begin.lock", mine.run, "held"):
+        assert "another job is beginning" in mine.extract().refused()
+    assert not (mine.run / "run.json").exists() and mine.extract().code == 0
+    with hold(mine.run / ".begin.lock", mine.run, "held"), pytest.raises(Busy, match="mine"), hold(mine.run / ".begin.lock", mine.run, "mine", 0.3):
+        pass
+
+
+def test_a_run_that_is_moved_away_during_a_job_is_not_begun_anew(mine, monkeypatch):
+    """Exit code 4 at the next commit, and nothing at the old place; where it is now, the same command resumes."""
+    commit = Store.commit
+
+    def moved(self, unit, *tables):
+        if unit.shard == "val-00001.tar":
+            mine.run.rename(mine.run.with_name("elsewhere"))
+        commit(self, unit, *tables)
+
+    monkeypatch.setattr(Store, "commit", moved)
+    ended = mine.extract()
+    assert ended.code == 4 and "run.json cannot be written: No such file" in ended.err and not mine.run.exists(), ended.err
+    monkeypatch.setattr(Store, "commit", commit)
+    assert mine.extract(run=mine.run.with_name("elsewhere")).code == 0
+    assert Store(mine.run.with_name("elsewhere")).progress("val").done == 60
+
+
+# ---- shards that are asked for by and by ------------------------------------------------------------------------------
+
+
+def test_an_id_that_stands_in_an_earlier_shard_is_refused_though_that_is_not_asked_for(mine):
+    """With --shards, too, every shard of the data set is counted: the earlier ones are part of it."""
+    shutil.copy(mine.sources / "v2/v2-00000.tar", mine.sources / "v2/v2-00001.tar")
+    assert mine.extract("v2", "--shards", 1).code == 0
+    assert "stands twice" in mine.extract("v2", "--shards", 2).refused()
+    (mine.sources / "v2/v2-00001.tar").rename(mine.sources / "v2/a.tar")
+    assert "stands twice" in mine.extract("v2", "--shards", 1).refused()
+
+
+def test_shards_of_another_source_are_not_added_to_a_data_set(mine):
+    """Under --shards as without it: what is part of the data set must be in --source."""
+    (mine.sources / "v2/v2-00000.tar").rename(mine.sources / "val/z.tar")
+    words = ["extract", "--run", mine.run, "--dataset", "val", "--model", tiny.MODEL, "--shards", 1, "--source"]
+    assert tiny.call(*words, mine.sources / "val/val-00000.tar").code == 0
+    assert "val-00000.tar is part of this data set, but not in --source" in tiny.call(*words, mine.sources / "val/z.tar").refused()
+
+
+def test_a_source_may_be_a_link_to_a_folder(mine, small):
+    """As mounted data often are; of archives, and of images."""
+    (mine.sources / "link").symlink_to("val")
+    ended = tiny.call("extract", "--run", mine.run, "--dataset", "val", "--source", mine.sources / "link", "--model", tiny.MODEL)
+    assert ended.code == 0 and Store(mine.run).progress("val").done == 60, ended.err

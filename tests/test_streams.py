@@ -1,0 +1,69 @@
+"""Where a job's words go: a stderr that is full, closed or gone ends no job, and a closed terminal is a Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import tiny
+
+from pipeline import failpoints
+from pipeline.store import Store
+
+
+@pytest.fixture
+def mine(small, tmp_path):
+    return tiny.Small(tmp_path / "run", shutil.copytree(small.sources, tmp_path / "sources"))
+
+
+def words(mine: tiny.Small) -> list[str]:
+    return [str(w) for w in (tiny.COMMAND, "extract", "--run", mine.run, "--dataset", "val", "--source", mine.sources / "val", "--model", tiny.MODEL)]
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&- >&-", ">&- <&-"])
+def test_a_job_ends_well_though_its_words_cannot_be_written(mine, redirection):
+    """A log disk that is full, and streams that were closed before it began: every sample is there, and no word is where results belong."""
+    done = subprocess.run(["/bin/bash", "-c", f'exec "$@" {redirection}', "bash", *words(mine)], capture_output=True, env=tiny.surroundings(), timeout=120)
+    assert done.returncode == 0 and done.stdout == b"", done.stderr.decode()
+    assert Store(mine.run).progress("val").done == 60
+
+
+def on_a_terminal(mine: tiny.Small, ignore: bool) -> tuple[subprocess.Popen, int]:
+    """The job with a terminal of its own as stderr, and our end of that. ignore: SIGHUP, as under nohup."""
+    ours, theirs = pty.openpty()
+    (mine.run.parent / "slow").mkdir()
+    (mine.run.parent / "slow" / "00.json").write_text('{"point": "decode", "action": "sleep", "seconds": 0.7, "times": null}')
+
+    def begin() -> None:
+        os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignore else signal.SIG_DFL)
+
+    job = subprocess.Popen(words(mine), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs, preexec_fn=begin, env=tiny.surroundings(**{failpoints.VARIABLE: str(mine.run.parent / "slow")}))
+    os.close(theirs)
+    limit = time.monotonic() + 100
+    while not list(mine.run.glob("profiles/val/*.parquet")):
+        assert time.monotonic() < limit and job.poll() is None
+        time.sleep(0.02)
+    return job, ours
+
+
+def test_a_job_outlives_its_terminal_where_it_was_told_to(mine):
+    """Under nohup: the bar has nowhere to be drawn any more, and all is done."""
+    job, ours = on_a_terminal(mine, ignore=True)
+    os.close(ours)
+    assert job.wait(100) == 0
+    assert Store(mine.run).progress("val").done == 60
+
+
+def test_the_end_of_its_terminal_stops_a_job_like_a_ctrl_c(mine):
+    job, ours = on_a_terminal(mine, ignore=False)
+    os.close(ours)
+    job.send_signal(signal.SIGHUP)  # as the system sends to whoever is in front on that terminal
+    assert job.wait(20) == 4
+    assert 0 < Store(mine.run).progress("val").done < 60
+    assert subprocess.run(words(mine), capture_output=True, env=tiny.surroundings(), timeout=100).returncode == 0
