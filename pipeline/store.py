@@ -186,8 +186,7 @@ class Store:
         return all((self.run / folder / unit.dataset / f"{unit.stem}.parquet").exists() for folder in ("profiles", "rejects"))
 
     def commit(self, unit: Unit, profiles: pa.Table, rejects: pa.Table) -> None:
-        """Write a unit. Raises OSError (no space, read-only, the run moved or removed), and then nothing of it is visible."""
-        (self.run / "run.json").stat()  # a folder that is no run any more is not begun anew
+        """Write a unit. Raises OSError (no space, read-only), and then nothing of it is visible."""
         for folder, table in (("rejects", rejects), ("profiles", profiles)):
             write_table(self.run / folder / unit.dataset / f"{unit.stem}.parquet", table, at(folder, unit))
 

@@ -91,6 +91,7 @@ class UnitWriter:
                 reach("profile", unit)
                 profiles, aside = self.profiler.profile(_unpack(decoded), unit.shard, unit.start)
                 reach("profiled", unit)
+                (self.store.run / "run.json").stat()  # a folder that was moved away is not begun anew at its old place
                 self.store.commit(unit, profiles, aside)
                 rejects = aside.num_rows
             except OSError as error:

@@ -16,7 +16,7 @@ settings.register_profile("fuzz", settings.get_profile("house"), derandomize=Fal
 settings.load_profile("house")
 
 
-LONGEST = ["test_faults.py", "test_harm.py", "test_cluster.py", "test_job_submit.py", "test_chaos.py", "test_memory.py"]  # they wait for processes more than they compute
+LONGEST = ["test_faults.py", "test_harm.py", "test_cluster.py", "test_chaos.py", "test_memory.py"]  # they wait for processes more than they compute
 
 
 def pytest_collection_modifyitems(items) -> None:

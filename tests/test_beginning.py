@@ -9,6 +9,7 @@ import tiny
 
 from jobs import begin
 from pipeline.locks import Busy, hold
+from pipeline.profiler import Profiler
 from pipeline.store import Store
 
 
@@ -39,8 +40,10 @@ def contents(run):
     return {p.name: p.read_bytes() for p in (run / "run.json", run / "weights.safetensors", *Store(run).files("val"))}
 
 
-@pytest.mark.parametrize("words, model, says", [([], "tiny:other_weights", "weights"), (["--batch-size", 7], tiny.MODEL, "batch_size"), (["--aggregation", "signed"], tiny.MODEL, "aggregation")])
-@pytest.mark.parametrize("dataset", ["val", "v2"])
+@pytest.mark.parametrize(
+    "dataset, words, model, says",
+    [("val", [], "tiny:other_weights", "weights"), ("v2", [], "tiny:other_weights", "weights"), ("val", ["--batch-size", 7], tiny.MODEL, "batch_size"), ("v2", ["--aggregation", "signed"], tiny.MODEL, "aggregation")],
+)
 def test_who_begins_second_with_other_settings_is_refused_and_changes_nothing(mine, meanwhile, dataset, words, model, says):
     """Whether it is the same data set or another: run.json and the weights are those that the first one's profiles were made with."""
     before = {}
@@ -51,7 +54,7 @@ def test_who_begins_second_with_other_settings_is_refused_and_changes_nothing(mi
 
     meanwhile(other)
     ended = mine.extract(dataset, *words, model=model)
-    assert ended.code == 2 and says in ended.err.splitlines()[-1] + ended.err, ended.err
+    assert says in ended.refused()
     assert contents(mine.run) == before and mine.extract("v2").code == 0
 
 
@@ -76,17 +79,17 @@ def test_who_finds_another_at_the_beginning_waits_for_it_and_not_for_ever(mine, 
 
 def test_a_run_that_is_moved_away_during_a_job_is_not_begun_anew(mine, monkeypatch):
     """Exit code 4 at the next commit, and nothing at the old place; where it is now, the same command resumes."""
-    commit = Store.commit
+    profile = Profiler.profile
 
-    def moved(self, unit, *tables):
-        if unit.shard == "val-00001.tar":
+    def moved(self, samples, shard, start):
+        if shard == "val-00001.tar":
             mine.run.rename(mine.run.with_name("elsewhere"))
-        commit(self, unit, *tables)
+        return profile(self, samples, shard, start)
 
-    monkeypatch.setattr(Store, "commit", moved)
+    monkeypatch.setattr(Profiler, "profile", moved)
     ended = mine.extract()
     assert ended.code == 4 and "run.json cannot be written: No such file" in ended.err and not mine.run.exists(), ended.err
-    monkeypatch.setattr(Store, "commit", commit)
+    monkeypatch.setattr(Profiler, "profile", profile)
     assert mine.extract(run=mine.run.with_name("elsewhere")).code == 0
     assert Store(mine.run.with_name("elsewhere")).progress("val").done == 60
 

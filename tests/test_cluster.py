@@ -155,6 +155,7 @@ def test_a_server_that_ends_while_ray_starts_is_told(tmp_path, name, shown):
     script = f"""
 import os, subprocess, sys, time
 from jobs import servers
+servers.SERVERS = {{name: (shown, 0.5) for name, (shown, _) in servers.SERVERS.items()}}
 with servers._muted() as terminal, servers._watched_start(terminal):
     print("not shown", file=sys.stderr)
     server = subprocess.Popen([{str(server)!r}, "60"])

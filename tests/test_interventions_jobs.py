@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from index import Run
-from jobs import cluster, finetune
+from jobs import finetune, servers
 from jobs.prune import filters_of, found as sentence, grid_of
 from pipeline import failpoints
 from pipeline.statistics import Reference
@@ -216,7 +216,7 @@ def test_fresh_discards_nothing_that_cannot_be_made_again(small, tmp_path, monke
     assert tiny.call("prune", "--run", tmp_path / "run", "-k", "1").code == 0
     before = {p.name: p.read_bytes() for p in (tmp_path / "run/experiments/prune").glob("*") if p.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "_start", nowhere)
+        patch.setattr(servers, "start", nowhere)
         for verb in ("prune", "profile"):
             assert "no Ray cluster can be joined" in tiny.call(verb, "--run", tmp_path / "run", "--seed", "3", "--fresh", "--address", "10.0.0.1:6379").refused()
         assert {p.name: p.read_bytes() for p in (tmp_path / "run/experiments/prune").glob("*") if p.is_file()} == before
