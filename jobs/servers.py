@@ -151,6 +151,8 @@ def _watch(ray) -> None:
 
 
 def _end_of_a_server(name: str) -> None:
+    global leaving
+    leaving = True  # the others end with it, and are not told
     last_words(f"faultline: Ray's server on this machine (its {name}) has ended: was it killed, or is memory short?\nwhat is done is kept; the same command resumes")
     _end_family()
     os._exit(Stopped.exit_code)
