@@ -166,7 +166,7 @@ def take_census(store: Store, settings: Settings, source: Source, every: list[st
             raise BadRequest(f"--source: data set '{printable(settings.dataset)}' of this run comes from {printable(before.spec)} ({before.kind} in {printable(before.root)}), not {printable(settings.source)}; give another --dataset or --run")
         known = {shard.name: shard for shard in before.shards}
     asked = every[: settings.shards]
-    names = asked + [name for name in every if name in known and name not in set(asked)]  # not asked for now, and still part of the data set
+    names = asked + [name for name in every[len(asked) :] if name in known]  # not asked for now, and still part of the data set
     ids = Ids(source)
     with ThreadPoolExecutor(min(16, len(names))) as pool, ProgressBar("counting shards", len(names), unit="shards") as bar:
         shards, faults = [], []
@@ -179,7 +179,8 @@ def take_census(store: Store, settings: Settings, source: Source, every: list[st
     if faults:
         raise BadRequest("\n".join(faults[:3]) + (f" (and {len(faults) - 3} more shards)" if len(faults) > 3 else ""))
     changed = [s.name for s in shards if s.name in known and (known[s.name].version, known[s.name].samples) != (s.version, s.samples)]
-    lost = [name for name in known if name not in set(names)]
+    there = set(names)
+    lost = [name for name in known if name not in there]
     for what, which in (("changed since this data set was begun", changed), ("part of this data set, but not in --source", lost)):
         if which:
             raise BadRequest(f"--source: {printable(', '.join(which[:3]))} {'is' if what[0] == 'p' else 'has'} {what}; put it back, or extract into another --dataset")

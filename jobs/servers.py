@@ -126,7 +126,7 @@ def _watch(ray) -> None:
     if node is None:
         return  # a client of a cluster elsewhere has no raylet beside it
     if node.is_head():
-        family.update(psutil.Process().children(recursive=True))
+        _see_family()
 
     def raylet() -> None:
         with socket.socket(socket.AF_UNIX) as line:
@@ -137,7 +137,7 @@ def _watch(ray) -> None:
                     line.recv(1)  # nothing is ever said here: it returns when the other end is gone
                     return
                 if node.is_head():
-                    family.update(psutil.Process().children(recursive=True))
+                    _see_family()
 
     def watch(name: str, wait: Callable[[], object]) -> None:
         with suppress(OSError):
@@ -183,11 +183,15 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _end_family() -> None:
-    """SIGKILL to all that this process has started, and to what lost its parent, a raylet, before."""
+def _see_family() -> None:
     with suppress(psutil.Error):
         family.update(psutil.Process().children(recursive=True))
-    for process in family:
+
+
+def _end_family() -> None:
+    """SIGKILL to all that this process has started, and to what lost its parent, a raylet, before."""
+    _see_family()
+    for process in list(family):  # another thread may still be looking
         with suppress(psutil.Error):  # which knows a process by its time of birth too, and kills no other
             process.kill()
 
