@@ -173,7 +173,7 @@ def tables() -> dict[str, str]:
 
 
 def gpu() -> dict[str, str]:
-    """The tables of docs/data/performance/gpu.json: beside the step, of some layers, and what each precision does to neighbours."""
+    """The tables of docs/data/performance/gpu.json: beside the step and peers, of some layers, and what each precision does to neighbours."""
     data = json.loads((DATA / "gpu.json").read_text(encoding="utf-8"))
     rows = {(row["precision"], row["model"], row["engine"]): row for row in data["engine"]}
     beside = ["| network | precision, batch | step, images/s | step-folded | fused: predicted | fused | fused, images/s | its memory over the step's |", "|---|---|---:|---:|---:|---:|---:|---:|"]
@@ -183,8 +183,7 @@ def gpu() -> dict[str, str]:
         for name in NETWORKS:
             step, folded, fused = (rows[precision, name, engine] for engine in ("step", "step-folded", "fused"))
             peak = f"{fused['peak_bytes'] / step['peak_bytes']:.2f}" if fused["peak_bytes"] else ""
-            mark = "*" if fused["earlier"] else ""
-            beside.append(f"| {name} | {precision}, {step['batch_size']} | {step['images_per_s']:,.0f} | {folded['ratio_to_step']:.2f} | {guess[name]['fused']:.2f} | {fused['ratio_to_step']:.2f}{mark} | {fused['images_per_s']:,.0f}{mark} | {peak}{mark} |")
+            beside.append(f"| {name} | {precision}, {step['batch_size']} | {step['images_per_s']:,.0f} | {folded['ratio_to_step']:.2f} | {guess[name]['fused']:.2f} | {fused['ratio_to_step']:.2f} | {fused['images_per_s']:,.0f} | {peak} |")
     layers = ["| layer, 128 images | bf16: its summed gradient | filter saliency | tf32 | | fp32 | |", "|---|---:|---:|---:|---:|---:|---:|"]
     for network, layer in dict.fromkeys((row["network"], row["layer"]) for row in data["layers"]):
         cells = [cell for row in data["layers"] if (row["network"], row["layer"]) == (network, layer) for cell in (f"{row['summed_gradient_us']:,} us", f"{min(row['by_tile_us'].values()):,.0f} us")]
@@ -192,7 +191,14 @@ def gpu() -> dict[str, str]:
     recall = ["| network, images (errors) | precision | recall of 10 neighbours | error of a sample's s̄: median | 90% | predictions changed | images/s |", "|---|---|---:|---:|---:|---:|---:|"]
     for row in data["recall"]:
         recall.append(f"| {row['network']}, {row['images']:,} ({row['errors']:,}) | {row['precision']} | {row['recall']:.3f} | {row['median_error']:.0e} | {row['error_90']:.0e} | {row['predictions_changed']} | {row['images_per_s']:,.0f} |")
-    return {"gpu": "\n".join(beside), "gpu-layers": "\n".join(layers), "gpu-recall": "\n".join(recall)}
+    timed = {(row["model"], row["engine"]): row for row in data["peers"]}
+    shown = [e for e in dict.fromkeys(row["engine"] for row in data["peers"]) if e != "step"]
+    peers = ["| network, batch | step, images/s | " + " | ".join(shown) + " | memory of fused over the step's | of the leanest peer in a batch |", "|---|---:|" + "---:|" * (len(shown) + 2)]
+    for name in dict.fromkeys(row["model"] for row in data["peers"]):
+        step = timed[name, "step"]
+        leanest = min(timed[name, e]["peak_bytes"] for e in shown if e not in ("fused", "loop")) / step["peak_bytes"]
+        peers.append(f"| {name}, {step['batch_size']} | {step['images_per_s']:,.0f} | " + " | ".join(f"{timed[name, e]['ratio_to_step']:.2f}" for e in shown) + f" | {timed[name, 'fused']['peak_bytes'] / step['peak_bytes']:.2f} | {leanest:.2f} |")
+    return {"gpu": "\n".join(beside), "gpu-peers": "\n".join(peers), "gpu-layers": "\n".join(layers), "gpu-recall": "\n".join(recall)}
 
 
 def process() -> str:

@@ -58,6 +58,16 @@ def test_a_kernel_takes_maps_in_any_layout(name):
     assert torch.equal(plain, last)
 
 
+@pytest.mark.parametrize("side", [64, 65, 224, 1000])
+def test_a_sum_over_many_positions_is_as_right_as_a_short_one(side):
+    """Of numbers that are all positive, where whatever is cut off a sum is missing at its end."""
+    random = torch.Generator("cuda").manual_seed(0)
+    input, gradient = (torch.rand(2, channels, side, side, generator=random, device="cuda") for channels in (16, 32))
+    exact = torch.einsum("bohw,bihw->boi", gradient.double(), input.double()).mean(2)
+    found = kernels.filter_saliency(input, gradient, torch.Size((32, 16, 1, 1)), (1, 1), (0, 0), (1, 1), 1, "abs")
+    assert float(((found - exact) / exact).abs().max()) < 4e-5
+
+
 @pytest.mark.parametrize("animal, name", CASES)
 def test_an_engine_is_the_naive_loop(animal, name):
     """And every kernel is believed: a warning would say that the plain products served."""

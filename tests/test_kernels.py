@@ -87,9 +87,17 @@ def of_many_parts() -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
+def of_quiet() -> float:
+    """The worst error of a filter where one's gradient is a trillionth of another's."""
+    input, gradient, *geometry = case("3x3")
+    quieter = torch.logspace(-12, 8, gradient.shape[1])
+    found = kernels.filter_saliency(input, gradient * quieter[:, None, None], *geometry, "abs") / quieter
+    return float(((found.double() - truth("3x3", "abs")) / truth("3x3", "abs")).abs().max())
+
+
 BESIDES = {
     "tiny": lambda: of_scaled(1e-20, 1e-15), "huge": lambda: of_scaled(1e25, 1e-3), "apart": lambda: of_scaled(1e20, 1e-30), "NaN seen": lambda: of_spoilt(0, torch.nan), "NaN asked": lambda: of_spoilt(1, torch.nan),
-    "inf seen": lambda: of_spoilt(0, torch.inf), "inf asked": lambda: of_spoilt(1, -torch.inf), "inf unread": of_unread, "zeros": of_zeros, "bias": of_bias, "many parts": of_many_parts,
+    "inf seen": lambda: of_spoilt(0, torch.inf), "inf asked": lambda: of_spoilt(1, -torch.inf), "inf unread": of_unread, "zeros": of_zeros, "bias": of_bias, "many parts": of_many_parts, "quiet filters": of_quiet,
 }  # fmt: skip
 
 
@@ -129,12 +137,12 @@ def test_a_kernel_gives_what_autograd_gives(interpreted, name, aggregation, tf32
     assert float(interpreted[name, aggregation, str(tf32)]) < most
 
 
-@pytest.mark.parametrize("name", ["tiny", "huge", "apart", "many parts"])
+@pytest.mark.parametrize("name", ["tiny", "huge", "apart", "many parts", "quiet filters"])
 def test_maps_of_any_size_are_right(interpreted, name):
     assert float(interpreted[name,]) < 1e-6
 
 
-@pytest.mark.parametrize("name, found", [("NaN seen", "nanwhole"), ("NaN asked", "somewhole"), ("inf seen", "nanwhole"), ("inf asked", "nanwhole"), ("inf unread", "False"), ("zeros", "0"), ("bias", "True")])
+@pytest.mark.parametrize("name, found", [("NaN seen", "nanwhole"), ("NaN asked", "somewhole"), ("inf seen", "nanwhole"), ("inf asked", "somewhole"), ("inf unread", "False"), ("zeros", "0"), ("bias", "True")])
 def test_what_is_no_number_is_seen_in_its_own_sample_alone(interpreted, name, found):
     """An infinity never passes for a small number; zeros give zero; a bias is added to the bit."""
     assert interpreted[name,] == found

@@ -28,6 +28,7 @@ except ImportError:  # no Triton on this platform: the plain products serve
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, over a layer's filters
 TF32_TOLERANCE = 5e-3
 PROGRAMS = 4096  # enough to fill a GPU: below it, columns are split among programs too
+LONG = 4096  # positions: beyond it, what matrix units cut off a sum is more than 1e-5 of it
 FEW_OUTPUTS = 16  # of a group with one input: below it, there is too little for a matrix product
 MANY = 2**30  # stands for input channels that fill a tile of columns alone
 _believed: dict[tuple, bool] = {}
@@ -77,9 +78,9 @@ def _reason(fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor],
 def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, aggregation) -> torch.Tensor:
     """s̄ of one convolution for every sample, float32 [B, O]; arguments as of `products.filter_saliency`. Sums in float32.
 
-    Of float32 the matrix products are of halves: each sample's maps scaled by a power of two, so that float16 has room for them, and rounded to it once (11 bits, as TF32 has) where
-    TF32 is allowed, or split into two (22 bits), of whose products all but the least are taken. Numbers that are small beside their sample's largest have fewer bits: a filter whose
-    gradient is 1e-8 of the loudest filter's is right to 1e-4, and one of 1e-12 is 0.
+    Of float32 the matrix products are of halves: a sample's input, and its gradient channel by channel, scaled by a power of two, so that float16 has room for them, and rounded to it
+    once (11 bits, as TF32 has) where TF32 is allowed, or split into two (22 bits), of whose products all but the least are taken. So a filter is as right as any other, however small
+    its gradient is beside theirs.
     """
     batch, outs_in_all, (height, width) = *gradient.shape[:2], input.shape[2:]
     outs, ins, taps, positions = outs_in_all // groups, shape[1], shape[2] * shape[3], gradient[0, 0].numel()
@@ -93,7 +94,7 @@ def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, a
     else:
         scaled = input.dtype == torch.float32
         split = scaled and not torch.backends.cuda.matmul.allow_tf32
-        seen, asked = (_halved(t, split) if scaled else Halves(t, t, t) for t in (input, gradient))
+        seen, asked = (_halved(input, split, False), _halved(gradient, split, True)) if scaled else (Halves(t, t, t) for t in (input, gradient))
         block = tile(outs, ins, taps, positions, split, _room(input.device))
         few = triton.next_power_of_2(ins)
         wide = few >= block.columns  # a tile of columns has one tap then, else a few with all their channels
@@ -104,7 +105,7 @@ def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, a
         pointwise = taps == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
         _dense[(batch, tiles, found.shape[1])](
             *seen, *asked, found, 1 / (ins * taps), span, chunks, outs, ins, groups, *sizes, **settings, SCALED=scaled, SPLIT=split, INS=MANY if wide else few,
-            POINTWISE=pointwise, SHORT=positions <= block.positions, OUTS=block.outs, COLUMNS=block.columns, POSITIONS=block.positions, STAGES=block.stages, num_warps=block.warps,
+            POINTWISE=pointwise, SHORT=positions <= block.positions, LONG=split and positions > LONG, OUTS=block.outs, COLUMNS=block.columns, POSITIONS=block.positions, STAGES=block.stages, num_warps=block.warps,
         )  # fmt: skip
     total = found.sum(1) if found.shape[1] > 1 else found[:, 0]
     return total.abs() if aggregation == "signed" else total
@@ -125,6 +126,8 @@ def tile(outs: int, ins: int, taps: int, positions: int, split: bool, room: int)
         block = Tile(128, 128, 32 if split else 64, 8, 3)
     else:
         block = Tile(64 if split else 128, columns, 64, 4, stages)
+    if split and positions > LONG and block.outs * block.columns > 2**14:
+        block = block._replace(columns=2**14 // block.outs)  # two sums of a tile are held then
     while block.stages * (block.outs + block.columns) * block.positions * (4 if split else 2) > room:
         block = block._replace(stages=block.stages - 1) if block.stages > 2 else block._replace(columns=block.columns // 2) if block.columns >= block.outs else block._replace(outs=block.outs // 2)
     return block
@@ -137,22 +140,26 @@ def _room(device: torch.device) -> int:
 
 
 class Halves(NamedTuple):
-    """Maps in float16 and what that leaves, [B, C, H, W] channels-last; scales: float32 [B], what each sample was multiplied by. Without a split, low is not read; without scales, they are not."""
+    """Maps in float16 and what that leaves, [B, C, H, W] channels-last; peaks: float32 [B, 1] or [B, C], the largest |number| that a scale was made of. Without a split, low is not read; unscaled, peaks are not."""
 
     high: torch.Tensor
     low: torch.Tensor
-    scales: torch.Tensor
+    peaks: torch.Tensor
 
 
-def _halved(maps: torch.Tensor, split: bool) -> Halves:
-    batch, numbers = len(maps), maps[0].numel()
-    span = max(8192, triton.cdiv(triton.cdiv(numbers, 128), 2048) * 2048)
-    peaks, scales = maps.new_empty(batch, triton.cdiv(numbers, span)), maps.new_empty(batch)
+def _halved(maps: torch.Tensor, split: bool, by_channel: bool) -> Halves:
+    """Every sample scaled as one, or channel by channel."""
+    (batch, channels), positions = maps.shape[:2], maps[0, 0].numel()
+    block = 16 if channels <= 16 else 64
+    rows, blocks = 2048 // block, triton.cdiv(channels, block)
+    span = rows * max(4, triton.cdiv(positions * batch * blocks, rows * PROGRAMS))
+    peaks = maps.new_empty(batch, triton.cdiv(positions, span), channels)
+    _peak[(batch, peaks.shape[1], blocks)](maps, peaks, positions, channels, span, ROWS=rows, CHANNELS=block)
+    peaks = peaks.amax(1) if by_channel else peaks.amax((1, 2))[:, None]
     high = torch.empty_like(maps, dtype=torch.float16)
     low = torch.empty_like(high) if split else high
-    _peak[(batch, peaks.shape[1])](maps, peaks, numbers, span, BLOCK=2048)
-    _halve[(triton.cdiv(numbers, 2048), batch)](maps, peaks, high, low, scales, numbers, peaks.shape[1], PARTS=128, SPLIT=split, BLOCK=2048)
-    return Halves(high, low, scales)
+    _halve[(triton.cdiv(positions * channels, 2048), batch)](maps, peaks, high, low, positions * channels, peaks.shape[1], SPLIT=split, BLOCK=2048)
+    return Halves(high, low, peaks)
 
 
 def add_bias(maps: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -181,14 +188,15 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["factor", "span", "chunks", *PLACES])
     def _dense(
-        input, input_low, input_scales, gradient, gradient_low, gradient_scales, found, factor, span, chunks, outs, ins, groups,
+        input, input_low, input_peaks, gradient, gradient_low, gradient_peaks, found, factor, span, chunks, outs, ins, groups,
         positions, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-        KERNEL_W: tl.constexpr, TAPS: tl.constexpr, SIGNED: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, INS: tl.constexpr, POINTWISE: tl.constexpr, SHORT: tl.constexpr,
+        KERNEL_W: tl.constexpr, TAPS: tl.constexpr, SIGNED: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, INS: tl.constexpr, POINTWISE: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr,
         OUTS: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """found [B, splits, O]: the sum over a split of columns (weights of a filter) of |gradient . unfolded input|, times factor. Grid: sample, tile of a group's outputs, split.
 
-        SHORT: all positions fit into one tile, and the gradient is read once.
+        SHORT: all positions fit into one tile, and the gradient is read once. LONG: each tile of positions is summed by itself first, since matrix units cut off what falls below a sum
+        instead of rounding it, which after n of their steps has taken about n / 2^26 of it.
         """
         sample, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(outs, OUTS)
         group, out = tl.program_id(1) // tiles, (tl.program_id(1) % tiles) * OUTS + tl.arange(0, OUTS)
@@ -216,15 +224,16 @@ if triton is not None:
                     within = (position < positions)[:, None] & (out < outs)[None, :]
                     asked = tl.load(gradient + asks + position[:, None] * row, mask=within, other=0.0)
                     seen = _unfolded(input + sees, chunk, position, positions, ins, groups * ins, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, KERNEL_W, TAPS, INS, POINTWISE, COLUMNS)
-                    product = tl.dot(tl.trans(asked), seen, product)
+                    sums = tl.dot(tl.trans(asked), seen, tl.zeros([OUTS, COLUMNS], tl.float32) if LONG else product)
                     if SPLIT:
                         asked_low = tl.load(gradient_low + asks + position[:, None] * row, mask=within, other=0.0)
                         seen_low = _unfolded(input_low + sees, chunk, position, positions, ins, groups * ins, height, width, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, KERNEL_W, TAPS, INS, POINTWISE, COLUMNS)
-                        product = tl.dot(tl.trans(asked_low), seen, tl.dot(tl.trans(asked), seen_low, product))
+                        sums = tl.dot(tl.trans(asked_low), seen, tl.dot(tl.trans(asked), seen_low, sums))
+                    product = product + sums if LONG else sums
                 total += tl.sum(product if SIGNED else tl.abs(product), 1)
         total *= factor
         if SCALED:
-            one, other = tl.load(input_scales + sample), tl.load(gradient_scales + sample)
+            one, other = _scale(tl.load(input_peaks + sample)), _scale(tl.load(gradient_peaks + sample * row + group * outs + out, mask=out < outs, other=1.0))
             total = total / tl.maximum(one, other) / tl.minimum(one, other)  # the larger first: nothing overflows on the way
         tl.store(found + (sample * tl.num_programs(2) + tl.program_id(2)) * row + group * outs + out, total, mask=out < outs)
 
@@ -274,29 +283,33 @@ if triton is not None:
         weight = tl.sum(product, 0)
         tl.store(found + sample * channels + out, tl.sum(weight if SIGNED else tl.abs(weight), 0) * factor, mask=out < channels)
 
-    @triton.jit(do_not_specialize=["span"])
-    def _peak(maps, peaks, numbers, span, BLOCK: tl.constexpr):
-        """peaks [B, parts]: the largest |number| of each stretch of `span` numbers of each sample."""
-        sample, here = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        first, found = tl.program_id(1) * span, tl.zeros([BLOCK], tl.float32)
-        for start in range(first, min(first + span, numbers), BLOCK):
-            found = tl.maximum(found, tl.abs(tl.load(maps + sample * numbers + start + here, mask=start + here < numbers, other=0.0)))
-        tl.store(peaks + sample * tl.num_programs(1) + tl.program_id(1), tl.max(found, 0))
+    @triton.jit(do_not_specialize=["positions", "span"])
+    def _peak(maps, peaks, positions, channels, span, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+        """peaks [B, parts, C]: the largest |number| of each stretch of `span` positions of each channel. Grid: sample, part, block of channels."""
+        sample, channel = tl.program_id(0).to(tl.int64), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+        first, found = tl.program_id(1) * span, tl.zeros([ROWS, CHANNELS], tl.float32)
+        for start in range(first, min(first + span, positions), ROWS):
+            position = start + tl.arange(0, ROWS)
+            within = (position < positions)[:, None] & (channel < channels)[None, :]
+            number = tl.load(maps + (sample * positions + position)[:, None] * channels + channel[None, :], mask=within, other=0.0)
+            found = tl.maximum(found, tl.abs(number))
+        tl.store(peaks + (sample * tl.num_programs(1) + tl.program_id(1)) * channels + channel, tl.max(found, 0), mask=channel < channels)
 
-    @triton.jit(do_not_specialize=["parts"])
-    def _halve(maps, peaks, high, low, scales, numbers, parts, PARTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-        """Each sample times a power of two that brings its largest |number| to 2^14 .. 2^15, in float16; low: what that rounding left, again in float16. A sample with an infinity becomes NaN."""
-        sample, part, at = tl.program_id(1).to(tl.int64), tl.arange(0, PARTS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        peak = tl.max(tl.load(peaks + sample * parts + part, mask=part < parts, other=0.0), 0)
+    @triton.jit
+    def _scale(peak):
+        """The power of two that brings a peak to 2^14 .. 2^15; NaN for one that is not finite."""
         exponent = (peak.to(tl.int32, bitcast=True) >> 23) & 255
         scale = (tl.minimum(tl.maximum(2 * 127 + 14 - exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
-        scale = tl.where(exponent == 255, float("nan"), scale)
-        value = tl.load(maps + sample * numbers + at, mask=at < numbers, other=0.0) * scale
+        return tl.where(exponent == 255, float("nan"), scale)
+
+    @triton.jit
+    def _halve(maps, peaks, high, low, numbers, peaks_each, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+        """Maps times the scales of their peaks (1 or C of each sample) in float16; low: what that rounding left, again in float16. What shares a peak with an infinity becomes NaN."""
+        sample, at = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(maps + sample * numbers + at, mask=at < numbers, other=0.0) * _scale(tl.load(peaks + sample * peaks_each + at % peaks_each))
         tl.store(high + sample * numbers + at, value.to(tl.float16), mask=at < numbers)
         if SPLIT:
             tl.store(low + sample * numbers + at, (value - value.to(tl.float16).to(tl.float32)).to(tl.float16), mask=at < numbers)
-        if tl.program_id(0) == 0:
-            tl.store(scales + sample, scale)
 
     @triton.jit
     def _add_bias(maps, bias, numbers, channels, BLOCK: tl.constexpr):
