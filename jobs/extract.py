@@ -263,7 +263,7 @@ def _set_aside(store: Store, sample_id: str, unit: Unit) -> None:
     from pipeline.store import REJECTS, profiles_schema
 
     reason = f"it killed its worker process {ATTEMPTS} times"
-    store.commit(unit, profiles_schema(store.manifest().layers.total).empty_table(), pa.table([[sample_id], [unit.shard], [reason]], schema=REJECTS))
+    store.commit(unit, [(profiles_schema(store.manifest().layers.total).empty_table(), pa.table([[sample_id], [unit.shard], [reason]], schema=REJECTS))])
 
 
 def outcome(store: Store, settings: Settings, units_run: int) -> Outcome:

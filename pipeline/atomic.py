@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial as bound
 from pathlib import Path
 
@@ -14,14 +15,21 @@ from pipeline import failpoints
 
 
 def replace_file(path: Path, write: Callable[[Path], object], reach: Callable[[str], None] | None = None) -> None:
-    """`write(partial)` under a name that no reader matches, flushed to the disk, then renamed to `path`. Nothing stays if it raises.
+    """`write(partial)`, and what it wrote is at `path`: see `replacing`."""
+    with replacing(path, reach) as partial:
+        write(partial)
+
+
+@contextmanager
+def replacing(path: Path, reach: Callable[[str], None] | None = None) -> Iterator[Path]:
+    """A name that no reader matches; what lies there at the end is flushed to the disk, then renamed to `path`. Nothing stays if the block raises.
 
     reach: told `written` before the rename and `renamed` after it; for the failpoints of files that decide what is done.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        write(partial)
+        yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         if reach:
@@ -29,7 +37,7 @@ def replace_file(path: Path, write: Callable[[Path], object], reach: Callable[[s
         os.replace(partial, path)
     except BaseException as fault:
         partial.unlink(missing_ok=True)
-        if isinstance(fault, OSError) and fault.errno:
+        if isinstance(fault, OSError) and fault.errno and str(fault.filename or partial) == str(partial):
             raise OSError(fault.errno, os.strerror(fault.errno), str(path)) from fault  # which file, and not its passing name
         raise
     if reach:

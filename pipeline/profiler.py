@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -51,17 +52,20 @@ class Profiler:
 
         A sample that fails is set aside, alone.
         """
+        return tuple(map(pa.concat_tables, zip(*self.parts(samples, shard, start))))
+
+    def parts(self, samples: list[Sample], shard: str, start: int) -> Iterator[tuple[pa.Table, pa.Table]]:
+        """The same, batch by batch."""
         shard = shard.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        reasons = {i: s.reason for i, s in enumerate(samples) if s.reason}
-        good = [i for i in range(len(samples)) if i not in reasons]
-        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for shape in dict.fromkeys(samples[i].pixels.shape for i in good):
-            alike = [i for i in good if samples[i].pixels.shape == shape]
-            for _, batch in groupby(alike, lambda i: (start + i) // self.manifest.batch_size):
-                self._isolate(samples, start, list(batch), rows, reasons)
-        kept = [i for i in range(len(samples)) if i in rows]
-        rejects = [(samples[i].sample_id, shard, reasons[i]) for i in sorted(reasons)]
-        return self._table([samples[i] for i in kept], [rows[i] for i in kept], shard), pa.table(list(zip(*rejects)) or [[], [], []], schema=REJECTS)
+        for _, batch in groupby(range(len(samples)), lambda i: (start + i) // self.manifest.batch_size):
+            batch = list(batch)
+            reasons = {i: samples[i].reason for i in batch if samples[i].reason}
+            rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+            good = [i for i in batch if i not in reasons]
+            for shape in dict.fromkeys(samples[i].pixels.shape for i in good):
+                self._isolate(samples, start, [i for i in good if samples[i].pixels.shape == shape], rows, reasons)
+            rejects = [(samples[i].sample_id, shard, reasons[i]) for i in sorted(reasons)]
+            yield self._table([samples[i] for i in sorted(rows)], [rows[i] for i in sorted(rows)], shard), pa.table(list(zip(*rejects)) or [[], [], []], schema=REJECTS)
 
     def _isolate(self, samples, start, chosen, rows, reasons) -> None:
         """Profile a batch; where it raises, each half of it, down to the samples that are the cause."""

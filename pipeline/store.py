@@ -1,13 +1,15 @@
 """The files of a run: how profiles and rejects are written, listed and read back. `docs/format.md` is this file in prose.
 
 A unit is committed by one rename. Its rejects are written first, its profiles file, even one without rows, last; that rename is
-the commit. Names that no reader matches are used until then, so every `*.parquet` is whole and final at every moment.
+the commit. Names that no reader matches are used until then, so every `*.parquet` is whole and final at every moment. Rows are
+written beside what computes the next ones: a GPU does not wait for the disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.atomic import at, replace_file, write_json
+from pipeline.atomic import at, replace_file, replacing, write_json
 from pipeline.errors import BadRequest, printable
 from pipeline.manifest import Manifest, read_json
 from pipeline.sources import Shard
@@ -24,6 +26,8 @@ from pipeline.units import Unit, apart, interval_of, plan
 REJECTS = pa.schema([("sample_id", pa.string()), ("shard", pa.string()), ("reason", pa.string())])
 
 PLACE = ("spec", "root")  # of a census: where the source lies, which whoever moves it may change
+FORMAT = {"compression": "zstd", "write_page_checksum": True}
+ROW_GROUP = 8 << 20  # bytes of profiles that are written at a time, while the next are computed
 MADE_BY = b"run"  # in the metadata of a profiles file: the fingerprint of the run that made it
 
 
@@ -185,10 +189,17 @@ class Store:
     def is_committed(self, unit: Unit) -> bool:
         return all((self.run / folder / unit.dataset / f"{unit.stem}.parquet").exists() for folder in ("profiles", "rejects"))
 
-    def commit(self, unit: Unit, profiles: pa.Table, rejects: pa.Table) -> None:
-        """Write a unit. Raises OSError (no space, read-only), and then nothing of it is visible."""
-        for folder, table in (("rejects", rejects), ("profiles", profiles)):
-            write_table(self.run / folder / unit.dataset / f"{unit.stem}.parquet", table, at(folder, unit))
+    def commit(self, unit: Unit, parts: Iterable[tuple[pa.Table, pa.Table]]) -> int:
+        """Write a unit as (profiles, rejects) of one stretch of it after the other, the one written while the next is computed; how many rejects there are.
+
+        Raises OSError (no space, read-only) and what `parts` raises, and then nothing of the unit is visible.
+        """
+        profiles, rejects = (self.run / folder / unit.dataset / f"{unit.stem}.parquet" for folder in ("profiles", "rejects"))
+        aside = []
+        with replacing(profiles, at("profiles", unit)) as partial:
+            _write_rows(partial, _noting(parts, aside))
+            write_table(rejects, pa.concat_tables(aside), at("rejects", unit))
+        return sum(map(len, aside))
 
     def sweep(self, dataset: str) -> None:
         """Remove what is no part of a committed unit: what attempts that died left behind, rejects whose profiles never came, and units that overlap others.
@@ -235,9 +246,33 @@ def rows_of(path: Path) -> int:
         return parquet.metadata.num_rows
 
 
+def _noting(parts: Iterable[tuple[pa.Table, pa.Table]], aside: list[pa.Table]) -> Iterator[pa.Table]:
+    """Profiles of the parts; their rejects go to `aside`."""
+    for profiles, rejects in parts:
+        aside.append(rejects)
+        yield profiles
+
+
+def _write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
+    """One Parquet file of tables, one after the other as they come, at least one. `ROW_GROUP` bytes of them at a time are written beside the caller, who makes the next meanwhile."""
+    waiting, writing, file = [], None, None
+    with ExitStack() as closed, ThreadPoolExecutor(1) as beside:  # in this order: what is being written ends before the file is closed
+        for table in tables:
+            file = file or closed.enter_context(pq.ParquetWriter(path, table.schema, **FORMAT))
+            waiting.append(table)
+            if sum(t.nbytes for t in waiting) >= ROW_GROUP:
+                if writing:
+                    writing.result()
+                waiting, writing = [], beside.submit(file.write_table, pa.concat_tables(waiting), 1024)
+        if writing:
+            writing.result()
+        if waiting:
+            file.write_table(pa.concat_tables(waiting), 1024)
+
+
 def write_table(path: Path, table: pa.Table, reach: Callable[[str], None] | None = None) -> None:
     """A Parquet file with checksums, whole or not at all. reach: as of `replace_file`. Raises OSError."""
-    replace_file(path, lambda partial: pq.write_table(table, partial, compression="zstd", row_group_size=1024, write_page_checksum=True), reach)
+    replace_file(path, lambda partial: pq.write_table(table, partial, row_group_size=1024, **FORMAT), reach)
 
 
 def _rate(files: list[Path]) -> float | None:

@@ -8,6 +8,7 @@ told who calls it: the same code serves one process and a cluster.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,18 +89,27 @@ class UnitWriter:
         rejects, refused = 0, False
         if not fault and not self.store.is_committed(unit):  # it is, where only its receipt was lost
             try:
-                reach("profile", unit)
-                profiles, aside = self.profiler.profile(_unpack(decoded), unit.shard, unit.start)
-                reach("profiled", unit)
-                (self.store.run / "run.json").stat()  # a folder that was moved away is not begun anew at its old place
-                self.store.commit(unit, profiles, aside)
-                rejects = aside.num_rows
+                self._stat()
+                rejects = self.store.commit(unit, self._parts(unit, decoded))
             except OSError as error:
                 fault, refused = f"{printable(error.filename or self.store.run)} cannot be written: {printable(error.strerror or error)}", True
             except Exception as error:
                 text = str(error).strip().splitlines()
                 fault = f"{printable(unit.shard)} {unit.start}..{unit.stop}: {type(error).__name__}: {printable(text[0] if text else '')[:300]}"
         return Receipt(unit.stem, unit.samples, rejects, time.monotonic() - start, fault, refused)
+
+
+    def _parts(self, unit: Unit, decoded: pa.Table) -> Iterator[tuple[pa.Table, pa.Table]]:
+        reach("profile", unit)
+        for part in self.profiler.parts(_unpack(decoded), unit.shard, unit.start):
+            self._stat()
+            yield part
+        reach("profiled", unit)
+        self._stat()
+
+    def _stat(self) -> None:
+        """Raises OSError where the folder was moved away: nothing is begun anew at its old place."""
+        (self.store.run / "run.json").stat()
 
 
 def _pack(unit: Unit, samples: list[Sample], fault: str) -> pa.Table:

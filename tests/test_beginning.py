@@ -79,17 +79,17 @@ def test_who_finds_another_at_the_beginning_waits_for_it_and_not_for_ever(mine, 
 
 def test_a_run_that_is_moved_away_during_a_job_is_not_begun_anew(mine, monkeypatch):
     """Exit code 4 at the next commit, and nothing at the old place; where it is now, the same command resumes."""
-    profile = Profiler.profile
+    parts = Profiler.parts
 
     def moved(self, samples, shard, start):
         if shard == "val-00001.tar":
             mine.run.rename(mine.run.with_name("elsewhere"))
-        return profile(self, samples, shard, start)
+        return parts(self, samples, shard, start)
 
-    monkeypatch.setattr(Profiler, "profile", moved)
+    monkeypatch.setattr(Profiler, "parts", moved)
     ended = mine.extract()
     assert ended.code == 4 and "run.json cannot be written: No such file" in ended.err and not mine.run.exists(), ended.err
-    monkeypatch.setattr(Profiler, "profile", profile)
+    monkeypatch.setattr(Profiler, "parts", parts)
     assert mine.extract(run=mine.run.with_name("elsewhere")).code == 0
     assert Store(mine.run.with_name("elsewhere")).progress("val").done == 60
 

@@ -41,7 +41,7 @@ def write_run(folder: Path, sets: dict[str, np.ndarray]) -> Run:
         columns = {"sample_id": [f"{name}-{i}" for i in range(count)], "label": [0] * count, "prediction": [1] * count, "label_confidence": [0.1] * count}
         columns |= {"prediction_confidence": [0.9] * count, "loss": [1.0] * count, "saliency": list(vectors), "thumbnail": [b""] * count, "shard": ["s.tar"] * count}
         store.write_census(name, Census("/d", "webdataset", "/d", (Shard("s.tar", count, "v", ((0, 0),)),), None))
-        store.commit(Unit(name, "s.tar", 0, count), pa.table(columns, schema=profiles_schema(F)), REJECTS.empty_table())
+        store.commit(Unit(name, "s.tar", 0, count), [(pa.table(columns, schema=profiles_schema(F)), REJECTS.empty_table())])
     build(store, list(sets), "unit", "errors", "errors")
     return Run.open(folder)
 

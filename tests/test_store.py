@@ -54,15 +54,20 @@ def rejects(ids: list[str]) -> pa.Table:
 
 def commit(store: Store, unit: Unit, bad: int = 0) -> None:
     ids = [f"{unit.shard}/{i:04d}" for i in range(unit.start, unit.stop)]
-    store.commit(unit, profiles(ids[bad:], unit.shard), rejects(ids[:bad]))
+    store.commit(unit, [(profiles(ids[bad:], unit.shard), rejects(ids[:bad]))])
+
+
+def begun(folder) -> Store:
+    """A run of which two shards are counted."""
+    MANIFEST.write(folder)
+    store = Store(folder)
+    store.write_census("val", Census("/data", "webdataset", "/data", SHARDS, None))
+    return store
 
 
 @pytest.fixture
 def store(tmp_path):
-    MANIFEST.write(tmp_path)
-    store = Store(tmp_path)
-    store.write_census("val", Census("/data", "webdataset", "/data", SHARDS, None))
-    return store
+    return begun(tmp_path)
 
 
 UNIT = Unit("val", "a.tar", 0, 16)
@@ -106,8 +111,9 @@ def failing(at: int, original, fault: BaseException):
 @pytest.mark.parametrize("step", ["write_table", "fsync", "replace"])
 def test_unit_that_fails_at_any_step_is_not_there(store, monkeypatch, step, file, fault):
     """Nothing of its profiles is visible, nothing is left behind, it is still to do, and the next attempt is as if it were the first."""
-    module = {"write_table": store_module.pq, "fsync": os, "replace": os}[step]
-    monkeypatch.setattr(module, step, failing(["rejects", "profiles"].index(file), getattr(module, step), fault))
+    module = {"write_table": store_module.pq.ParquetWriter, "fsync": os, "replace": os}[step]
+    order = ["profiles", "rejects"] if step == "write_table" else ["rejects", "profiles"]
+    monkeypatch.setattr(module, step, failing(order.index(file), getattr(module, step), fault))
     before = store.todo("val", 16)
     with pytest.raises(type(fault)):
         commit(store, UNIT, bad=1)

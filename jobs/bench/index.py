@@ -66,7 +66,7 @@ def made_up(folder: Path, rows: int, filters: int) -> Store:
         }  # fmt: skip
         saliency = pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), type=schema.field("saliency").type)
         table = pa.table({name: saliency if name == "saliency" else pa.array(columns[name]).cast(schema.field(name).type) for name in schema.names}, schema=schema)
-        store.commit(Unit("val", "a.tar", start, start + n), table, REJECTS.empty_table())
+        store.commit(Unit("val", "a.tar", start, start + n), [(table, REJECTS.empty_table())])
     return store
 
 

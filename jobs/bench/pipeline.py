@@ -71,9 +71,9 @@ def _stages(store: Store, device: str) -> list[Measure]:
         marks.append(time.perf_counter())
         samples = [decode(r, manifest.preprocessing, manifest.classes) for r in raw]
         marks.append(time.perf_counter())
-        profiles, rejects = profiler.profile(samples, unit.shard, unit.start)
+        parts = list(profiler.parts(samples, unit.shard, unit.start))
         marks.append(time.perf_counter())
-        again.commit(unit, profiles, rejects)
+        again.commit(unit, parts)
         marks.append(time.perf_counter())
         if turn:
             images += unit.samples
