@@ -194,6 +194,8 @@ def write(store: Store, manifest: Manifest, network: torch.nn.Module) -> None:
     from pipeline import models
 
     try:
+        for stale in (*store.run.glob(".run.json.*.tmp"), *store.run.glob(".weights.safetensors.*.tmp")):  # of a job that died here
+            stale.unlink(missing_ok=True)
         models.save_weights(network, store.run / "weights.safetensors")
         replace(manifest, saved_sha256=models.file_sha256(store.run / "weights.safetensors")).write(store.run)
     except OSError as fault:

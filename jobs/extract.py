@@ -74,6 +74,10 @@ class Settings:
             faults.append(f"--batch-size: {self.batch_size} is more than a unit of work, {MOST} samples")
         if self.run.exists() and not self.run.is_dir():
             faults.append(f"--run: {printable(self.run)} is a file; name a folder")
+        try:
+            str(self.run).encode()
+        except UnicodeEncodeError:
+            faults.append(f"--run: the name of {printable(self.run)} is not UTF-8, and the formats of a run take no other; name another folder")
         if faults:
             raise BadRequest(("\n" if len(faults) <= 3 else "; ").join(faults))
 
@@ -105,10 +109,14 @@ def extract(settings: Settings) -> Outcome:
         say(line)
     manifest = matching(store, settings)
     classifier = None if manifest else begin.load_model(settings.model, settings.weights, settings.preprocess, settings.precision, settings.device, settings.address)
+    before = store.census(settings.dataset) if store.is_counted(settings.dataset) else None
     census = take_census(store, settings, source, names)
     if manifest is None or not store.committed(settings.dataset):
         manifest = admitted(store, settings, source, census, manifest, classifier)
     with only_writer(store, settings.dataset):
+        if store.is_counted(settings.dataset) and store.census(settings.dataset) != before:
+            census = take_census(store, settings, source, names)  # another job has been here since, and this one is held against what it counted
+        store.refuse_strangers(settings.dataset, census)
         store.write_census(settings.dataset, census)
         store.sweep(settings.dataset)
         todo = store.todo(settings.dataset, manifest.unit_samples)

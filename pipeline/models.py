@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from pipeline import cifar
+from pipeline.atomic import replacing
 from pipeline.errors import BadRequest, closest, printable
 from pipeline.samples import PRESETS, Preprocessing
 
@@ -225,12 +226,11 @@ def save_weights(network: torch.nn.Module, path: Path) -> None:
     """The whole state dict as safetensors, so that a run directory can rebuild its network anywhere."""
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}, partial)
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)  # safetensors makes it private; workers may run as another user
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file({name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}, partial)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # safetensors makes it private; workers may run as another user
 
 
 def restore(model: str, weights: Path, digest: str | None = None) -> torch.nn.Module:

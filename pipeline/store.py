@@ -21,7 +21,7 @@ from pipeline.atomic import at, replace_file, replacing, write_json
 from pipeline.errors import BadRequest, printable
 from pipeline.manifest import Manifest, read_json
 from pipeline.sources import Shard
-from pipeline.units import Unit, apart, interval_of, plan
+from pipeline.units import Unit, apart, interval_of, plan, shard_stem
 
 REJECTS = pa.schema([("sample_id", pa.string()), ("shard", pa.string()), ("reason", pa.string())])
 
@@ -173,10 +173,22 @@ class Store:
     def files(self, dataset: str) -> list[Path]:
         """Profile files of the committed units, in the order of their names. No sample is in two of them.
 
-        Without its rejects file a unit is not whole, and of units that overlap (see `units.apart`) the others do not count.
+        Without its rejects file a unit is not whole, and of units that overlap (see `units.apart`) the others do not count. Raises BadRequest for a unit that is none of
+        this data set, whose census, where it has one, must know its shard.
         """
         whole = self._names("profiles", dataset) & self._names("rejects", dataset)
+        if self.is_counted(dataset):  # read after the names: a shard is counted before a unit of it is committed
+            self.refuse_strangers(dataset, self.census(dataset), whole)
         return [self.run / "profiles" / dataset / f"{stem}.parquet" for stem in sorted(apart(whole))]
+
+    def refuse_strangers(self, dataset: str, census: Census, stems: Iterable[str] | None = None) -> None:
+        """Raises BadRequest for a unit, of those committed or of `stems`, that lies in no shard of the census: somebody has put it there, or the census in its place."""
+        known = {shard_stem(shard.name): shard.samples for shard in census.shards}
+        for stem in sorted(self._names("profiles", dataset) if stems is None else stems):
+            shard, _, stop = interval_of(stem)
+            if stop > known.get(shard, -1):
+                what = f"the shard that it is part of has {known[shard]:,} samples" if shard in known else "none of the shards is its own"
+                raise BadRequest(f"{printable(self.run / 'profiles' / dataset / stem)}.parquet is no unit of {printable(census.spec)}, of which {printable(dataset)} is made: {what}; remove it, and the file of that name in rejects, or extract into another --dataset")
 
     def _names(self, folder: str, dataset: str) -> set[str]:
         """Stems of the files of units that are visible now."""
@@ -207,6 +219,8 @@ class Store:
         Call while this job holds the data set and none of its own units is at work. A straggler of a job that died may lose a file to it, and then commits nothing.
         """
         counted = {file.stem for file in self.files(dataset)}
+        for stale in (self.run / "datasets").glob(f".{dataset}.json.*.tmp"):
+            stale.unlink(missing_ok=True)
         for folder in ("profiles", "rejects"):  # in this order: a unit whose profiles are gone is not whole, at any moment in between
             for stale in (self.run / folder / dataset).glob(".*.tmp"):
                 stale.unlink(missing_ok=True)
@@ -217,15 +231,26 @@ class Store:
 
     def blocks(self, dataset: str, columns: list[str], rows: int = 256) -> Iterator[tuple[Path, int, pa.RecordBatch]]:
         """(file, position of its first row in the file, batch of at most `rows`) over all profiles, in a fixed order."""
-        own = self.manifest().fingerprint
+        manifest = self.manifest()
+        own, schema = manifest.fingerprint, profiles_schema(manifest.layers.total)
         for file in self.files(dataset):
             position = 0
             with whole(file) as parquet:
-                if (parquet.schema_arrow.metadata or {}).get(MADE_BY, own.encode()).decode() != own:
-                    raise BadRequest(f"{printable(file)} was made with other settings than run.json states: it, or run.json, is another run's; put the right one back, or remove this one and give the faultline extract command of {printable(dataset)} again")
+                self._must_be_ours(file, parquet.schema_arrow, dataset, own, schema)
                 for batch in parquet.iter_batches(rows, columns=columns):
                     yield file, position, batch
                     position += batch.num_rows
+
+    @staticmethod
+    def _must_be_ours(file: Path, found: pa.Schema, dataset: str, own: str, schema: pa.Schema) -> None:
+        """Raises BadRequest for profiles of other settings, and for columns that are no profile's."""
+        again = f"remove this one and give the faultline extract command of {printable(dataset)} again"
+        if (found.metadata or {}).get(MADE_BY, own.encode()).decode() != own:
+            raise BadRequest(f"{printable(file)} was made with other settings than run.json states: it, or run.json, is another run's; put the right one back, or {again}")
+        for field in schema:
+            at = found.get_field_index(field.name)
+            if at < 0 or found.field(at).type != field.type:
+                raise BadRequest(f"{printable(file)} is no file of profiles: its column {field.name} {'is missing' if at < 0 else f'is of {found.field(at).type}, not of {field.type}'}; {again}")
 
     def profiles(self, dataset: str):
         """The profiles as a pyarrow dataset."""

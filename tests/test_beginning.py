@@ -68,6 +68,24 @@ def test_who_begins_second_with_the_same_settings_goes_on(mine, meanwhile, small
     assert tiny.call("index", "--run", mine.run, "--datasets", "val,v2", "--reference", "val").code == 0
 
 
+@pytest.mark.parametrize("names", ["as theirs", "of its own"])
+def test_who_begins_a_data_set_from_another_source_is_refused_and_changes_nothing(mine, meanwhile, names):
+    """Though both had counted before either held the data set: its rows and its census are of one source."""
+    theirs = shutil.copytree(mine.sources / "val", mine.sources / "theirs")
+    for shard in theirs.glob("*.tar"):
+        shard.rename(theirs / (shard.name if names == "as theirs" else f"x-{shard.name}"))
+    before = {}
+
+    def other():
+        assert tiny.call("extract", "--run", mine.run, "--dataset", "val", "--source", theirs, "--model", tiny.MODEL).code == 0
+        before.update(contents(mine.run), census=(mine.run / "datasets/val.json").read_bytes())
+
+    meanwhile(other)
+    assert f"comes from {theirs}" in mine.extract("val").refused()
+    assert contents(mine.run) | {"census": (mine.run / "datasets/val.json").read_bytes()} == before
+    assert len(Store(mine.run).files("val")) == len(before) - 3 and Store(mine.run).progress("val").done == 60
+
+
 def test_who_finds_another_at_the_beginning_waits_for_it_and_not_for_ever(mine, monkeypatch):
     monkeypatch.setattr(begin, "PATIENCE", 0.2)
     with hold(mine.run / ".begin.lock", mine.run, "held"):
