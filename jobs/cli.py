@@ -322,7 +322,7 @@ def _without_pandas() -> Iterator[None]:
 
 def _unforeseen(defect: Exception) -> int:
     """A disk that refuses is the user's to mend; everything else is a defect of ours."""
-    if isinstance(defect, OSError) and defect.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT):
+    if isinstance(defect, OSError) and defect.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR):
         code = Stopped.exit_code if defect.errno in (errno.ENOSPC, errno.EDQUOT) else BadRequest.exit_code
         return _end(f"{printable(defect.filename or 'a file')} cannot be used ({defect.strerror}): put that right and give the same command again", code)
     text = str(defect).strip().splitlines()

@@ -45,7 +45,7 @@ def settle_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free; of a process that is started, too
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
     sys.__stderr__ = sys.__stderr__ or open(2, "w", encoding="utf-8", closefd=False)
     sys.stderr = Unheard(sys.stderr or sys.__stderr__)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +29,8 @@ QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 ANSWER = 10.0  # seconds in which a cluster's head accepts a connection
 STARTS = 3  # times that Ray is started on this machine before it is given up
 SERVERS = {"gcs_server": ("control server", 3.0), "raylet": ("raylet", 45.0)}  # by the names of their processes; seconds that Ray has, while it starts, to notice the end of one by itself, and to be tried again
+LONGEST = 107 - len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")  # bytes of the folder that Ray puts its own into: a socket's whole name has 107
+ROOM = 32 << 20  # bytes without which Ray does not start there
 LOOK = 0.1  # seconds between two looks at them while they start
 FAMILY = 2.0  # seconds between two looks at what Ray has started here
 GOODBYE = 10.0  # seconds that a cluster has to take leave of this process
@@ -75,6 +80,9 @@ def _join(ray, address: str) -> None:
 def _start_here(ray) -> None:
     """Ray on this machine. Its servers have 30 seconds to come up, which a busy machine does not always give them: it is tried again. Raises Stopped."""
     settle()  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this cluster alone: Ray would write one into the home folder, which need not be writable
+    _look_at_place()
     for left in reversed(range(STARTS)):
         try:
             with _muted() as terminal, own_sigterm(), _watched_start(terminal):
@@ -82,9 +90,23 @@ def _start_here(ray) -> None:
             return
         except Exception as fault:
             ray.shutdown()
+            _look_at_place()
             if not left:
                 raise Stopped(f"Ray did not start on this machine ({_reason(fault)}): it may be too busy, or short of memory\nthe same command goes on") from None
             say(f"Ray did not start ({_reason(fault)}); trying again")
+
+
+def _look_at_place() -> None:
+    """Raises BadRequest where Ray's files cannot lie, Stopped where there is no room for them."""
+    name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(place)) > LONGEST:
+        raise BadRequest(f"{name}: {printable(place)} has {len(os.fsencode(place))} bytes; Ray keeps sockets there, whose names have room for {LONGEST}: set RAY_TMPDIR to a shorter folder, such as /tmp")
+    with suppress(FileNotFoundError):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise BadRequest(f"{name}: {printable(place)}, where Ray keeps its files, cannot be written; set RAY_TMPDIR to a folder that can")
+        if (free := shutil.disk_usage(place).free) < ROOM:
+            raise Stopped(f"{name}: {printable(place)}, where Ray keeps its files, has {free >> 20} MiB left: make room, or set RAY_TMPDIR to another folder\nthe same command goes on")
 
 
 @contextmanager

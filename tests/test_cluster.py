@@ -188,3 +188,31 @@ def test_a_job_whose_own_server_of_rays_is_killed_says_so_and_resumes(server, na
         assert job.stderr().count("has ended") == 1 and strangers(job.stderr(), "val") == [] and job.stdout() == "" and job.left_over(1) == []
     assert finished(tmp_path, *command, env=here)[0] == 0
     assert Store(tmp_path / "run").progress("val").done == 60
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_folder_where_rays_files_cannot_lie_is_told_before_it_is_tried(tmp_path, monkeypatch, name):
+    """Its sockets' names would be too long, it cannot be written, or it is full; and not that the machine is busy."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setenv(name, str(long))
+    with pytest.raises(BadRequest, match=rf"^{name}: {long} has \d+ bytes; .* set RAY_TMPDIR to a shorter folder"):
+        servers._look_at_place()
+    monkeypatch.setattr(servers, "LONGEST", 300)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(BadRequest, match=f"{long}, where Ray keeps its files, cannot be written; set RAY_TMPDIR"):
+        servers._look_at_place()
+    monkeypatch.undo()
+    monkeypatch.setattr(servers, "ROOM", 1 << 60)
+    with pytest.raises(Stopped, match="has .* MiB left: make room, or set RAY_TMPDIR"):
+        servers._look_at_place()
+
+
+@pytest.mark.processes
+def test_ray_starts_where_the_home_folder_cannot_be_written():
+    """As in many containers. Its key stays in the environment."""
+    script = "from jobs import servers; print(servers.start('local').is_initialized(), flush=True); servers.leave(0)"
+    done = subprocess.run([sys.executable, "-c", script], env=tiny.surroundings(HOME="/proc"), capture_output=True, text=True, timeout=150)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -7,6 +7,7 @@ import pty
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -31,6 +32,14 @@ def test_a_job_ends_well_though_its_words_cannot_be_written(mine, redirection):
     done = subprocess.run(["/bin/bash", "-c", f'exec "$@" {redirection}', "bash", *words(mine)], capture_output=True, env=tiny.surroundings(), timeout=120)
     assert done.returncode == 0 and done.stdout == b"", done.stderr.decode()
     assert Store(mine.run).progress("val").done == 60
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>&- <&-"])
+def test_what_is_asked_of_another_process_is_answered_though_stderr_is_closed(redirection):
+    """Its words do not get among its answer."""
+    code = "from jobs.progress import settle_streams; settle_streams(); from jobs.apart import apart; print(apart(eval, '(print(1), 2)'))"
+    done = subprocess.run(["/bin/bash", "-c", f'exec "$@" {redirection}', "bash", sys.executable, "-c", code], capture_output=True, text=True, env=tiny.surroundings(), timeout=60)
+    assert (done.returncode, done.stdout) == (0, "(None, 2)\n")
 
 
 def on_a_terminal(mine: tiny.Small, ignore: bool) -> tuple[subprocess.Popen, int]:
