@@ -22,6 +22,7 @@ from pipeline.sources.tars import MARK_EVERY, MOST_BYTES, Group, count, fingerpr
 
 IMAGES = ("jpg", "jpeg", "png")
 LABELS = ("cls", "json")
+LONGEST = 64  # bytes of a .cls
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def _also(tar: Group, parts: dict[str, tarfile.TarInfo]) -> int | None:
 def _label(tar: Group, parts: dict[str, tarfile.TarInfo]) -> int:
     """Raises ValueError with the reason if there is no usable label, or two that disagree."""
     if "cls" in parts:
-        text = tar.extractfile(parts["cls"]).read(64).decode("utf-8", "replace").strip()
+        if parts["cls"].size > LONGEST:
+            raise ValueError(f"its .cls holds {parts['cls'].size:,} bytes, not a whole number")
+        text = tar.extractfile(parts["cls"]).read().decode("utf-8", "replace").strip()
         if not re.fullmatch("[+-]?[0-9]+", text):  # int() would take 1_0 for 10
             raise ValueError(f"its .cls holds '{printable(text)}', not a whole number")
         if (other := _also(tar, parts)) not in (None, int(text)):
