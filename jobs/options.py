@@ -9,7 +9,20 @@ import typer
 
 from pipeline.errors import BadRequest, printable
 
-RunOption = Annotated[Path, typer.Option("--run", help="The run directory.", show_default=False)]
+
+
+def said(option: str, kind: type, metavar: str) -> dict:
+    """What typer needs for an option whose empty text, an unset variable in a script, is not taken for none. Raises BadRequest for it."""
+
+    def parse(text: str) -> object:
+        if not str(text):
+            raise BadRequest(f"{option}: names nothing")
+        return kind(text)
+
+    return {"parser": parse, "metavar": metavar}
+
+
+RunOption = Annotated[Path, typer.Option("--run", help="The run directory.", show_default=False, **said("--run", Path, "<path>"))]
 Format = Annotated[str, typer.Option("--format", help="table, json or parquet, on stdout.")]
 Name = Annotated[Optional[str], typer.Option("--name", help="Which index. Default: errors, or the only one.")]
 Dataset = Annotated[Optional[str], typer.Option(help="Which data set of the run. Default: val, or the only one.")]
@@ -19,7 +32,7 @@ Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard this verb's earlier results, made with other settings.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu or cuda. Default: GPUs where there are any now; say cuda for a cluster that starts its GPU nodes on demand.")]
 Actors = Annotated[Optional[str], typer.Option(help="How many engines, N or MIN-MAX. Default: one a GPU, or one for every 4 CPUs.")]
-Address = Annotated[Optional[str], typer.Option(help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")]
+Address = Annotated[Optional[str], typer.Option(**said("--address", str, "<str>"), help="local: start Ray here; HOST: join that cluster. Default: RAY_ADDRESS, or this process for small work and Ray here otherwise.")]
 Record = Annotated[str, typer.Option("--format", help="table or json, on stdout.")]
 Layers = Annotated[Optional[str], typer.Option("--layers", help="A range of layers, FIRST..LAST, both included, or one layer.")]
 Chosen = Annotated[Optional[str], typer.Option("--layers", help="Choose filters of these layers alone: FIRST..LAST, both included, or one layer.")]
@@ -30,7 +43,7 @@ FileWeights = Annotated[Optional[str], typer.Option(help="Its weights, as in ext
 FilePreprocess = Annotated[Optional[str], typer.Option(help="Its preprocessing, as in extract.")]
 Statistics = Annotated[Optional[Path], typer.Option(help="Of a FILE without a run: mu and sigma, a run's statistics/NAME.parquet or published ones (.pth).")]
 Aggregation = Annotated[Optional[str], typer.Option(help="abs or signed: how published statistics were aggregated.")]
-AnyRun = Annotated[Optional[Path], typer.Option("--run", help="The run directory. A FILE needs none where --model and --statistics are given.", show_default=False)]
+AnyRun = Annotated[Optional[Path], typer.Option("--run", **said("--run", Path, "<path>"), help="The run directory. A FILE needs none where --model and --statistics are given.", show_default=False)]
 
 
 def engines(text: str | None) -> tuple[int, int] | None:
