@@ -10,7 +10,6 @@ import typer
 from pipeline.errors import BadRequest, printable
 
 
-
 def said(option: str, kind: type, metavar: str) -> dict:
     """What typer needs for an option whose empty text, an unset variable in a script, is not taken for none. Raises BadRequest for it."""
 
