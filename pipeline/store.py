@@ -184,11 +184,12 @@ class Store:
     def refuse_strangers(self, dataset: str, census: Census, stems: Iterable[str] | None = None) -> None:
         """Raises BadRequest for a unit, of those committed or of `stems`, that lies in no shard of the census: somebody has put it there, or the census in its place."""
         known = {shard_stem(shard.name): shard.samples for shard in census.shards}
-        for stem in sorted(self._names("profiles", dataset) if stems is None else stems):
-            shard, _, stop = interval_of(stem)
-            if stop > known.get(shard, -1):
-                what = f"the shard that it is part of has {known[shard]:,} samples" if shard in known else "none of the shards is its own"
-                raise BadRequest(f"{printable(self.run / 'profiles' / dataset / stem)}.parquet is no unit of {printable(census.spec)}, of which {printable(dataset)} is made: {what}; remove it, and the file of that name in rejects, or extract into another --dataset")
+        stems = self._names("profiles", dataset) if stems is None else stems
+        strangers = [(stem, shard) for stem in stems for shard, _, stop in [interval_of(stem)] if stop > known.get(shard, -1)]
+        if strangers:
+            stem, shard = min(strangers)
+            what = f"the shard that it is part of has {known[shard]:,} samples" if shard in known else "none of the shards is its own"
+            raise BadRequest(f"{printable(self.run / 'profiles' / dataset / stem)}.parquet is no unit of {printable(census.spec)}, of which {printable(dataset)} is made: {what}; remove it, and the file of that name in rejects, or extract into another --dataset")
 
     def _names(self, folder: str, dataset: str) -> set[str]:
         """Stems of the files of units that are visible now."""
