@@ -26,7 +26,7 @@ from pipeline.sources import Shard, Source, open_source
 from pipeline.sources.doubles import Ids
 from pipeline.statistics import IMPORTED, Reference
 from pipeline.store import Census, Progress, Store
-from pipeline.units import MOST, Unit
+from pipeline.units import MOST, Unit, shard_stem
 from pipeline.worker import Decoder, UnitWriter
 
 if TYPE_CHECKING:  # torch is loaded for new runs alone
@@ -174,7 +174,8 @@ def take_census(store: Store, settings: Settings, source: Source, every: list[st
             raise BadRequest(f"--source: data set '{printable(settings.dataset)}' of this run comes from {printable(before.spec)} ({before.kind} in {printable(before.root)}), not {printable(settings.source)}; give another --dataset or --run")
         known = {shard.name: shard for shard in before.shards}
     asked = every[: settings.shards]
-    names = asked + [name for name in every[len(asked) :] if name in known]  # not asked for now, and still part of the data set
+    begun = store.begun(settings.dataset)  # without a census, which may have been lost, that is what says so
+    names = asked + [name for name in every[len(asked) :] if name in known or shard_stem(name) in begun]  # not asked for now, and still part of the data set
     ids = Ids(source)
     with ThreadPoolExecutor(min(16, len(names))) as pool, ProgressBar("counting shards", len(names), unit="shards") as bar:
         shards, faults = [], []

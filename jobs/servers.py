@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
@@ -80,8 +81,7 @@ def _join(ray, address: str) -> None:
 def _start_here(ray) -> None:
     """Ray on this machine. Its servers have 30 seconds to come up, which a busy machine does not always give them: it is tried again. Raises Stopped."""
     settle()  # by inheritance: a runtime_env would leave the workers unused that Ray starts ahead, which takes seconds
-    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this cluster alone: Ray would write one into the home folder, which need not be writable
+    _have_token()
     _look_at_place()
     for left in reversed(range(STARTS)):
         try:
@@ -96,17 +96,27 @@ def _start_here(ray) -> None:
             say(f"Ray did not start ({_reason(fault)}); trying again")
 
 
+def _have_token() -> None:
+    """Ray writes the key of a cluster into the home folder, which cannot be written in many containers: there the environment holds it, for this process and what it starts."""
+    folder = Path(os.path.expanduser("~")) / ".ray"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 def _look_at_place() -> None:
-    """Raises BadRequest where Ray's files cannot lie, Stopped where there is no room for them."""
-    name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
-    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    """Raises Stopped where Ray's files cannot lie, or have no room."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    place = Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")))  # as Ray chooses it
     if len(os.fsencode(place)) > LONGEST:
-        raise BadRequest(f"{name}: {printable(place)} has {len(os.fsencode(place))} bytes; Ray keeps sockets there, whose names have room for {LONGEST}: set RAY_TMPDIR to a shorter folder, such as /tmp")
-    with suppress(FileNotFoundError):
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise BadRequest(f"{name}: {printable(place)}, where Ray keeps its files, cannot be written; set RAY_TMPDIR to a folder that can")
-        if (free := shutil.disk_usage(place).free) < ROOM:
-            raise Stopped(f"{name}: {printable(place)}, where Ray keeps its files, has {free >> 20} MiB left: make room, or set RAY_TMPDIR to another folder\nthe same command goes on")
+        raise Stopped(f"{name}: {printable(place)} has {len(os.fsencode(place))} bytes; Ray keeps sockets there, whose names have room for {LONGEST}: set RAY_TMPDIR to a shorter folder, such as /tmp\nthe same command goes on")
+    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())  # Ray makes what is missing
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Stopped(f"{name}: {printable(place)}, where Ray keeps its files, cannot be written; set RAY_TMPDIR to a folder that can\nthe same command goes on")
+    if (free := shutil.disk_usage(there).free) < ROOM:
+        raise Stopped(f"{name}: {printable(place)}, where Ray keeps its files, has {free >> 20} MiB left: make room, or set RAY_TMPDIR to another folder\nthe same command goes on")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ POINTS = {
     "census.renamed": "the census has its name, and no unit has begun",
     "decode": "a unit is about to be read from its shard",
     "profile": "its samples have arrived at an engine",
-    "profiled": "its vectors are computed, and nothing of them is written",
+    "profiled": "its vectors are computed, and nothing of them has a name that a reader matches",
     "rejects.written": "its rejects are on the disk, under a name that no reader matches",
     "rejects.renamed": "its rejects have their name",
     "profiles.written": "its profiles are on the disk, under a name that no reader matches",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -191,6 +191,10 @@ class Store:
             what = f"the shard that it is part of has {known[shard]:,} samples" if shard in known else "none of the shards is its own"
             raise BadRequest(f"{printable(self.run / 'profiles' / dataset / stem)}.parquet is no unit of {printable(census.spec)}, of which {printable(dataset)} is made: {what}; remove it, and the file of that name in rejects, or extract into another --dataset")
 
+    def begun(self, dataset: str) -> set[str]:
+        """Stems of the shards of which a unit is there."""
+        return {interval_of(stem)[0] for stem in self._names("profiles", dataset)}
+
     def _names(self, folder: str, dataset: str) -> set[str]:
         """Stems of the files of units that are visible now."""
         return {p.stem for p in (self.run / folder / dataset).glob("*.parquet") if interval_of(p.stem)}
@@ -211,6 +215,7 @@ class Store:
         aside = []
         with replacing(profiles, at("profiles", unit)) as partial:
             _write_rows(partial, _noting(parts, aside))
+            partial.stat()  # a folder that was moved away meanwhile is not begun anew at its old place
             write_table(rejects, pa.concat_tables(aside), at("rejects", unit))
         return sum(map(len, aside))
 
@@ -220,7 +225,7 @@ class Store:
         Call while this job holds the data set and none of its own units is at work. A straggler of a job that died may lose a file to it, and then commits nothing.
         """
         counted = {file.stem for file in self.files(dataset)}
-        for stale in (self.run / "datasets").glob(f".{dataset}.json.*.tmp"):
+        for stale in (self.run / "datasets").glob(f".{dataset}.json.{'[0-9a-f]' * 8}.tmp"):
             stale.unlink(missing_ok=True)
         for folder in ("profiles", "rejects"):  # in this order: a unit whose profiles are gone is not whole, at any moment in between
             for stale in (self.run / folder / dataset).glob(".*.tmp"):
@@ -282,18 +287,24 @@ def _noting(parts: Iterable[tuple[pa.Table, pa.Table]], aside: list[pa.Table]) -
 def _write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
     """One Parquet file of tables, one after the other as they come, at least one. `ROW_GROUP` bytes of them at a time are written beside the caller, who makes the next meanwhile."""
     waiting, writing, file = [], None, None
-    with ExitStack() as closed, ThreadPoolExecutor(1) as beside:  # in this order: what is being written ends before the file is closed
-        for table in tables:
-            file = file or closed.enter_context(pq.ParquetWriter(path, table.schema, **FORMAT))
-            waiting.append(table)
-            if sum(t.nbytes for t in waiting) >= ROW_GROUP:
-                if writing:
-                    writing.result()
-                waiting, writing = [], beside.submit(file.write_table, pa.concat_tables(waiting), 1024)
-        if writing:
-            writing.result()
-        if waiting:
-            file.write_table(pa.concat_tables(waiting), 1024)
+    try:
+        with ThreadPoolExecutor(1) as beside:
+            for table in tables:
+                file = file or pq.ParquetWriter(path, table.schema, **FORMAT)
+                waiting.append(table)
+                if sum(t.nbytes for t in waiting) >= ROW_GROUP:
+                    if writing:
+                        writing.result()
+                    waiting, writing = [], beside.submit(file.write_table, pa.concat_tables(waiting), 1024)
+            if writing:
+                writing.result()
+            if waiting and (not writing or any(map(len, waiting))):
+                file.write_table(pa.concat_tables(waiting), 1024)
+        file.close()
+    except BaseException:
+        if file:
+            file.is_open = False  # it is left as it is: closed while the other thread still writes, which a signal makes possible, it would end the process
+        raise
 
 
 def write_table(path: Path, table: pa.Table, reach: Callable[[str], None] | None = None) -> None:

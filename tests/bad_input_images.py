@@ -71,7 +71,8 @@ UNKNOWN, SAFE, CUT = "not an image in a format that is known here", "more pixels
 DAMAGED = [
     Picture("empty", b"", "the image is empty (0 bytes)"),
     Picture("one byte", PHOTO[:1], UNKNOWN),
-    Picture("JPEG of 300 EXIF segments", PHOTO[:2] + (b"\xff\xe1\xff\xffExif\0\0" + b"x" * 65527) * 300 + PHOTO[2:], "more than 256 stretches of metadata stand before its pixels"),
+    Picture("JPEG of 300 EXIF segments", PHOTO[:2] + (b"\xff\xe1\xff\xffExif\0\0" + b"x" * 65527) * 300 + PHOTO[2:], "more than 256 stretches of EXIF are in it"),
+    Picture("JPEG of 300 EXIF segments after fill bytes", PHOTO[:2] + b"\xff" + (b"\xff\xe1\x00\x08Exif\0\0") * 300 + PHOTO[2:], "more than 256 stretches of EXIF are in it"),
     Picture("JPEG of 20 EXIF segments", PHOTO[:2] + (b"\xff\xe1\x00\x08Exif\0\0") * 20 + PHOTO[2:], same=PHOTO),
     Picture("JPEG's first bytes", PHOTO[:3], UNKNOWN),
     Picture("JPEG cut in its tables", PHOTO[:150], CUT),

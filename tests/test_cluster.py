@@ -192,21 +192,19 @@ def test_a_job_whose_own_server_of_rays_is_killed_says_so_and_resumes(server, na
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_folder_where_rays_files_cannot_lie_is_told_before_it_is_tried(tmp_path, monkeypatch, name):
-    """Its sockets' names would be too long, it cannot be written, or it is full; and not that the machine is busy."""
+    """Its sockets' names would be too long, it cannot be written, or it is full; and not that the machine is busy. What Ray does not look at does not matter."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    long = tmp_path / ("x" * 60)
-    long.mkdir()
-    monkeypatch.setenv(name, str(long))
-    with pytest.raises(BadRequest, match=rf"^{name}: {long} has \d+ bytes; .* set RAY_TMPDIR to a shorter folder"):
+    monkeypatch.setenv("TEMP", "/tmp/" + "x" * 60)
+    monkeypatch.setenv(name, "/tmp/" + "x" * 60)
+    with pytest.raises(Stopped, match=rf"^{name}: /tmp/x+ has 65 bytes; .* set RAY_TMPDIR to a shorter folder"):
         servers._look_at_place()
-    monkeypatch.setattr(servers, "LONGEST", 300)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(BadRequest, match=f"{long}, where Ray keeps its files, cannot be written; set RAY_TMPDIR"):
+    monkeypatch.setenv(name, "/tmp/absent")
+    servers._look_at_place()
+    with monkeypatch.context() as unwritable, pytest.raises(Stopped, match=f"^{name}: /tmp/absent, where Ray keeps its files, cannot be written; set RAY_TMPDIR"):
+        unwritable.setattr(os, "access", lambda folder, _: str(folder) != "/tmp")
         servers._look_at_place()
-    monkeypatch.undo()
     monkeypatch.setattr(servers, "ROOM", 1 << 60)
-    with pytest.raises(Stopped, match="has .* MiB left: make room, or set RAY_TMPDIR"):
+    with pytest.raises(Stopped, match=f"^{name}: /tmp/absent, .* has .* MiB left: make room, or set RAY_TMPDIR"):
         servers._look_at_place()
 
 

@@ -1,5 +1,8 @@
 """A unit that is committed stretch by stretch, the one written while the next is made: one file in their order, or nothing."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from test_store import UNIT, begun, failing, profiles, rejects
 
@@ -41,3 +44,31 @@ def test_a_unit_whose_last_part_fails_is_not_there(tmp_path, monkeypatch):
         with pytest.raises(fault, match="cannot be computed" if fault is ValueError else UNIT.stem):
             store.commit(UNIT, source)
         assert not list(store.run.glob("profiles/**/*.*")) and not list(store.run.glob("**/.*")) and store.progress("val").done == 0
+
+
+def test_a_signal_while_a_stretch_is_being_written_does_not_close_the_file_under_it(tmp_path, monkeypatch):
+    """A stretch that fails waits for the one before it; a Ctrl-C that ends this waiting is what is heard. Closed meanwhile, the file would end the process."""
+    store, begins, goes_on, ended, closed = begun(tmp_path), threading.Event(), threading.Event(), threading.Event(), []
+
+    def slow(self, *args):
+        begins.set()
+        goes_on.wait(20)
+        ended.set()
+
+    def breaking():
+        yield from parts([4])
+        begins.wait(20)
+        raise ValueError("cannot be computed")
+
+    class Interrupted(ThreadPoolExecutor):
+        def __exit__(self, *_):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_module, "ROW_GROUP", 1)
+    monkeypatch.setattr(store_module, "ThreadPoolExecutor", Interrupted)
+    monkeypatch.setattr(store_module.pq.ParquetWriter, "write_table", slow)
+    monkeypatch.setattr(store_module.pq.ParquetWriter, "close", lambda self: closed.append(ended.is_set()))
+    with pytest.raises(KeyboardInterrupt):
+        store.commit(UNIT, breaking())
+    goes_on.set()
+    assert ended.wait(20) and all(closed) and not list(store.run.glob("profiles/**/*.*"))

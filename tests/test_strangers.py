@@ -3,9 +3,11 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from test_store import UNIT, begun, commit
 
 from pipeline.errors import BadRequest
+from pipeline.store import Store
 from pipeline.units import Unit
 
 
@@ -36,3 +38,11 @@ def test_profiles_of_another_schema_are_refused_by_name(tmp_path, change, words)
     with pytest.raises(BadRequest) as told:
         list(store.blocks("val", ["shard"]))
     assert str(told.value) == f"{file} is no file of profiles: {words}; remove this one and give the faultline extract command of val again"
+
+
+def test_a_census_that_was_lost_is_made_again_with_all_shards_that_were_begun(copied):
+    """Also those that are not asked for this time: their units are no strangers."""
+    (copied.run / "datasets/val.json").unlink()
+    ended = copied.extract("val", "--shards", 1)
+    assert ended.code == 0, ended.err
+    assert len(Store(copied.run).census("val").shards) == 3 and Store(copied.run).progress("val").done == 60
