@@ -3,7 +3,6 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 from test_store import UNIT, begun, commit
 
 from pipeline.errors import BadRequest
