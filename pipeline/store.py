@@ -254,9 +254,9 @@ class Store:
         if (found.metadata or {}).get(MADE_BY, own.encode()).decode() != own:
             raise BadRequest(f"{printable(file)} was made with other settings than run.json states: it, or run.json, is another run's; put the right one back, or {again}")
         for field in schema:
-            at = found.get_field_index(field.name)
-            if at < 0 or found.field(at).type != field.type:
-                raise BadRequest(f"{printable(file)} is no file of profiles: its column {field.name} {'is missing' if at < 0 else f'is of {found.field(at).type}, not of {field.type}'}; {again}")
+            column = found.get_field_index(field.name)
+            if column < 0 or found.field(column).type != field.type:
+                raise BadRequest(f"{printable(file)} is no file of profiles: its column {field.name} {'is missing' if column < 0 else f'is of {found.field(column).type}, not of {field.type}'}; {again}")
 
     def profiles(self, dataset: str):
         """The profiles as a pyarrow dataset."""
