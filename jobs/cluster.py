@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs import servers
-from pipeline.errors import BadRequest, Stopped, printable
+from pipeline.errors import BadRequest, Broken, Stopped, printable
 from pipeline.units import Unit
 from pipeline.worker import Receipt
 
@@ -190,11 +191,16 @@ def _decode(batch: pa.Table, decoder: Decode) -> pa.Table:
 
 
 class _Writer:
-    """The actor: a writer from decoded units to receipts, a row each."""
+    """The actor: a writer from decoded units to receipts, a row each. Where its GPU is broken it dies, and Ray gives the unit to another."""
 
     def __init__(self, make_writer: MakeWriter):
         self.write = make_writer()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         with pa.ipc.open_stream(batch["decoded"][0].as_buffer()) as stream:
-            return pa.Table.from_pylist([asdict(self.write(stream.read_all()))])
+            decoded = stream.read_all()
+        try:
+            return pa.Table.from_pylist([asdict(self.write(decoded))])
+        except Broken as fault:
+            print(f"an engine ends: {fault}", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import BadRequest
+from pipeline.errors import BadRequest, Broken
 from pipeline.manifest import read_json
 
 DEATHS = 2  # at the same thing, after which it is not done in this process
@@ -40,16 +40,21 @@ class Crumb:
 
     @contextmanager
     def at(self, what: str) -> Iterator[None]:
-        """Removed again however the block ends, except by death."""
+        """Removed again however the block ends, except by death, of this process or of its GPU."""
         deaths = 1 + (self.deaths if what == self.last else 0)
         made = [folder for folder in (self.path.parent, self.path.parent.parent) if not folder.exists()]
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps({"at": what, "deaths": deaths}), encoding="utf-8")
+        died = False
         try:
             yield
+        except Broken:
+            died = True
+            raise
         finally:
             with suppress(OSError):
-                self.path.unlink(missing_ok=True)
+                if not died:
+                    self.path.unlink(missing_ok=True)
                 for folder in made:
                     folder.rmdir()  # of a run that was refused nothing stays; any other is not empty

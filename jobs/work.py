@@ -13,7 +13,7 @@ import pyarrow as pa
 from jobs import cluster
 from jobs.crumb import Crumb
 from jobs.progress import ProgressBar, say
-from pipeline.errors import Stopped, printable
+from pipeline.errors import Broken, Stopped, printable
 from pipeline.units import Unit
 from pipeline.worker import Receipt
 
@@ -43,7 +43,7 @@ def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int 
 
     A unit that is left is cut by `give_up`; one sample by itself is given up only when it has had the workers to itself, so that none is blamed for
     another. cost: what the samples are worth in images of an extraction, where that is not their number. Raises Stopped if units fail with a reason, at
-    once where it is that nothing can be written, if many of them kill their workers, or if workers hang again and again.
+    once where it is that nothing can be written or that this process has lost its GPU, if many of them kill their workers, or if workers hang again and again.
     """
     faults: dict[str, str] = {}
     units_run, barren, hangs = 0, 0, 0
@@ -72,6 +72,8 @@ def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int 
                 receive([unit for unit in todo if unit not in alone], 1 if barren or units_run else FIRST)
                 for unit in alone:
                     receive([unit], ATTEMPTS)
+            except Broken as fault:
+                raise undone(work.name, sum(not work.is_committed(unit) for unit in todo), str(fault)) from None
             except cluster.Hung:
                 todo, hangs = [unit for unit in todo if not work.is_committed(unit)], hangs + 1
                 if todo and hangs == HANGS:

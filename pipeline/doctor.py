@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from pipeline.errors import printable
+from pipeline.errors import Broken, is_device, printable
 from pipeline.intervals import Interval, wilson
 from pipeline.samples import PRESETS, Preprocessing, Sample, decode
 from pipeline.sources import Shard, Source
@@ -211,6 +211,8 @@ def _classify(network: torch.nn.Module, preprocessing: Preprocessing, pixels: li
             try:
                 rows.update(zip(at, network(preprocessing.normalise(images.flip(-1) if reverse else images)).float().cpu()))
             except Exception as fault:  # whatever a network raises
+                if is_device(fault):
+                    raise Broken.by(fault) from None
                 if len(at) > 1:
                     waiting.extend([i] for i in at)  # because of one of them
                 else:

@@ -1,5 +1,7 @@
 """What goes wrong, as the user is told it: one exception a kind of ending, and the making of foreign text safe to show."""
 
+from __future__ import annotations
+
 import difflib
 import unicodedata
 from collections.abc import Iterable
@@ -21,6 +23,19 @@ class Stopped(Fault):
     """The job ended before its end; what is committed stays, and the same command resumes."""
 
     exit_code = 4
+
+
+class Broken(Stopped):
+    """The GPU failed under this process, which cannot use it again; another process may."""
+
+    @classmethod
+    def by(cls, fault: Exception) -> Broken:
+        return cls(f"the GPU failed ({printable(str(fault).strip().splitlines()[0])[:200]})")
+
+
+def is_device(fault: BaseException) -> bool:
+    """Whether it says that a GPU failed under its process: after that every call fails, whatever it is given. torch has no exception of its own for all of these."""
+    return isinstance(fault, RuntimeError) and any(text in str(fault) for text in ("CUDA error", "Triton Error [CUDA]", "CUDNN_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_INTERNAL_ERROR"))
 
 
 def printable(text: object) -> str:

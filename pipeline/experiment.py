@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.atomic import at
-from pipeline.errors import BadRequest, Fault, printable
+from pipeline.errors import BadRequest, Broken, Fault, is_device, printable
 from pipeline.manifest import Manifest
 from pipeline.samples import Preprocessing, Sample, decode
 from pipeline.sources import Shard, reader
@@ -194,7 +194,7 @@ class ResultWriter:
         self.rows = experiment.start(run, device)
 
     def __call__(self, gathered: pa.Table) -> Receipt:
-        """The unit's file is there when this returns, or the receipt's fault says why not. Its samples are those that were chosen."""
+        """The unit's file is there when this returns, or the receipt's fault says why not. Its samples are those that were chosen. Raises Broken."""
         start = time.monotonic()
         about = {key.decode(): value.decode() for key, value in gathered.schema.metadata.items()}
         unit, fault, aside, refused = Unit.from_json(about["unit"]), about["fault"], [], False
@@ -210,6 +210,8 @@ class ResultWriter:
             except OSError as error:
                 fault, refused = f"{printable(self.run)} cannot be written: {printable(error)}", True
             except Exception as error:
+                if is_device(error):
+                    raise Broken.by(error) from None
                 text = str(error).strip().splitlines()
                 fault = f"{printable(unit.shard)} {unit.start}..{unit.stop}: {type(error).__name__}: {printable(text[0] if text else '')[:300]}"
         return Receipt(unit.stem, gathered.num_rows, len(aside), time.monotonic() - start, fault, refused)

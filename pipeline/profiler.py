@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 
 from pipeline import models
-from pipeline.errors import printable
+from pipeline.errors import is_device, printable
 from pipeline.manifest import Manifest
 from pipeline.samples import Sample
 from pipeline.saliency import is_memory, make_engine, prepare_process
@@ -72,8 +72,8 @@ class Profiler:
         try:
             saliency, logits = self._batch({(start + i) % self.manifest.batch_size: samples[i] for i in chosen})
         except Exception as fault:
-            if is_memory(fault):
-                raise  # not even one image at a time fits; no sample is to blame
+            if is_memory(fault) or is_device(fault) or isinstance(fault, OSError):
+                raise  # not even one image at a time fits, the GPU failed, or the system did; no sample is to blame
             if len(chosen) == 1:
                 reasons[chosen[0]] = f"the network fails on it: {printable(str(fault).splitlines()[0] if str(fault) else type(fault).__name__)[:200]}"
                 return

@@ -125,7 +125,8 @@ class Sample:
 
 
 def decode(raw: RawSample, preprocessing: Preprocessing, classes: int) -> Sample:
-    """One raw sample decoded. Nothing about an image or a label raises: it comes back as the sample's `reason`."""
+    """One raw sample decoded. Nothing about an image or a label raises: it comes back as the sample's `reason`. Raises MemoryError where this machine is to blame."""
+    size = (0, 0)
     if raw.fault:
         return Sample(raw.sample_id, reason=raw.fault)
     if not 0 <= raw.label < classes:
@@ -142,6 +143,7 @@ def decode(raw: RawSample, preprocessing: Preprocessing, classes: int) -> Sample
             with Image.open(io.BytesIO(raw.image), formats=FORMATS) as image:
                 if image.mode == "F":  # convert would clip them: of floats from 0 to 1 all is black
                     return Sample(raw.sample_id, reason="its pixels are floats (PIL's mode F): save it as 8 bits a colour")
+                size = image.size
                 image = image.convert("RGB")
         pixels = preprocessing.pixels(image)
         return Sample(raw.sample_id, raw.label, pixels, _thumbnail(image), whole=image.size[::-1])
@@ -150,7 +152,18 @@ def decode(raw: RawSample, preprocessing: Preprocessing, classes: int) -> Sample
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return Sample(raw.sample_id, reason="the image claims more pixels than are safe to unpack")
     except Exception as fault:  # PIL's decoders raise almost anything on a damaged file
-        return Sample(raw.sample_id, reason=f"the image cannot be decoded: {printable(fault)[:200]}")
+        if (isinstance(fault, MemoryError) or "out of memory" in str(fault)) and not _have_memory(size):
+            raise MemoryError(f"too little memory to decode {printable(raw.sample_id)} ({size[0]} x {size[1]})") from None
+        return Sample(raw.sample_id, reason=f"the image cannot be decoded: {printable(fault)[:200] or type(fault).__name__}")
+
+
+def _have_memory(size: tuple[int, int]) -> bool:
+    """Whether an honest image of this width and height could be decoded now."""
+    try:
+        np.empty(64 * 1024**2 + 8 * size[0] * size[1], np.uint8)
+    except MemoryError:
+        return False
+    return True
 
 
 def _thumbnail(image: Image.Image) -> bytes:

@@ -1,8 +1,8 @@
 """One unit from shard to file, in two steps that can run on different machines: `decode_unit`, then `UnitWriter`.
 
 Between them a unit is one Arrow table, a row a sample (`DECODED`). What goes wrong with a sample becomes its reason; what goes
-wrong with a unit (an unreadable shard, a full disk) becomes the `fault` of its receipt. Neither step raises, and neither is
-told who calls it: the same code serves one process and a cluster.
+wrong with a unit (an unreadable shard, a full disk) becomes the `fault` of its receipt. Neither step raises, but
+for a `Broken` GPU, which only another process can mend, and neither is told who calls it: the same code serves one process and a cluster.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import Fault, printable
+from pipeline.errors import Broken, Fault, is_device, printable
 from pipeline.failpoints import reach
 from pipeline.samples import Preprocessing, Sample, decode
 from pipeline.sources import reader
@@ -83,7 +83,7 @@ class UnitWriter:
         self.profiler = Profiler.restore(run, device)
 
     def __call__(self, decoded: pa.Table) -> Receipt:
-        """The unit's files are there when this returns, or the receipt's fault says why not. What is committed already is not computed again."""
+        """The unit's files are there when this returns, or the receipt's fault says why not. What is committed already is not computed again. Raises Broken."""
         start = time.monotonic()
         unit, fault = Unit.from_json(decoded["unit"][0].as_py()), decoded["fault"][0].as_py()
         rejects, refused = 0, False
@@ -94,14 +94,16 @@ class UnitWriter:
             except OSError as error:
                 fault, refused = f"{printable(error.filename or self.store.run)} cannot be written: {printable(error.strerror or error)}", True
             except Exception as error:
+                if is_device(error):
+                    raise Broken.by(error) from None
                 text = str(error).strip().splitlines()
                 fault = f"{printable(unit.shard)} {unit.start}..{unit.stop}: {type(error).__name__}: {printable(text[0] if text else '')[:300]}"
         return Receipt(unit.stem, unit.samples, rejects, time.monotonic() - start, fault, refused)
 
-
     def _parts(self, unit: Unit, decoded: pa.Table) -> Iterator[tuple[pa.Table, pa.Table]]:
         reach("profile", unit)
-        for part in self.profiler.parts(_unpack(decoded), unit.shard, unit.start):
+        parts = self.profiler.parts(_unpack(decoded), unit.shard, unit.start)
+        while part := _next(parts):
             self._stat()
             yield part
         reach("profiled", unit)
@@ -110,6 +112,14 @@ class UnitWriter:
     def _stat(self) -> None:
         """Raises OSError where the folder was moved away: nothing is begun anew at its old place."""
         (self.store.run / "run.json").stat()
+
+
+def _next(parts: Iterator[tuple[pa.Table, pa.Table]]) -> tuple[pa.Table, pa.Table] | None:
+    """The next of what is computed, or None. Raises RuntimeError for an OSError, which would be taken for one of the run's disk (a full /tmp, say, where kernels are compiled)."""
+    try:
+        return next(parts, None)
+    except OSError as fault:
+        raise RuntimeError(str(fault)) from fault
 
 
 def _pack(unit: Unit, samples: list[Sample], fault: str) -> pa.Table:

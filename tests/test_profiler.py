@@ -121,11 +121,16 @@ def test_sample_that_fails_is_set_aside_alone():
     assert table_rows(table) == {name: good[name] for name in table["sample_id"].to_pylist()}
 
 
-def test_memory_that_runs_out_is_nobodys_fault(monkeypatch):
-    """No sample goes to the rejects for a batch that was too large for the device."""
+@pytest.mark.parametrize(
+    "fault",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), RuntimeError("CUDA error: unspecified launch failure"), OSError(28, "No space left on device")],
+    ids=["memory of the device", "of the machine", "GPU", "GPU, as older versions say it", "disk"],
+)
+def test_what_the_machine_does_is_no_samples_fault(monkeypatch, fault):
+    """No sample goes to the rejects for a batch that was too large for the device, for a GPU that fails, or for a kernel that found no space to be compiled."""
     profiler = picky()
-    monkeypatch.setattr(profiler, "engine", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(profiler, "engine", lambda *_: (_ for _ in ()).throw(fault))
+    with pytest.raises(type(fault)):
         profiler.profile(samples_of(3), "a.tar", 0)
 
 

@@ -1,6 +1,9 @@
 """Pixels are torchvision's, bit for bit; what cannot be read comes back with its reason and never raises."""
 
 import io
+import subprocess
+import sys
+import tempfile
 import warnings
 
 import numpy as np
@@ -149,6 +152,21 @@ def test_what_cannot_be_read_has_a_reason(kind):
     got = decoded(image)
     assert any(part in got.reason for part in reason.split("|")), got.reason
     assert (got.sample_id, got.pixels, got.thumbnail) == ("x", None, b"") and "\n" not in got.reason
+
+
+def test_memory_that_runs_out_is_not_the_images_fault():
+    """The same image, in a process that may have a few MB more and in one that may have enough."""
+    code = (
+        "import resource; from pipeline.samples import decode, Preprocessing; from pipeline.sources import RawSample; image = open(%r, 'rb').read()\n"
+        "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + %d * 2**20,) * 2)\n"
+        "try: print(decode(RawSample('large', image, 0), Preprocessing(), 10).reason)\n"
+        "except MemoryError as fault: print('not decoded:', fault)"
+    )
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        Image.new("RGB", (4000, 4000)).save(file.name)
+        said = [subprocess.run([sys.executable, "-c", code % (file.name, room)], capture_output=True, text=True, check=True).stdout for room in (16, 1024)]
+    assert said == ["not decoded: too little memory to decode large (4000 x 4000)\n", "None\n"]
 
 
 def test_sliver_is_not_blown_up():

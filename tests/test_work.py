@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs import cluster, work
-from pipeline.errors import Stopped
+from pipeline.errors import Broken, Stopped
 from pipeline.units import Unit
 from pipeline.worker import Receipt
 
@@ -103,6 +105,31 @@ def test_a_job_that_died_twice_at_the_same_unit_is_done_by_processes_of_their_ow
         job = work.Work("val", None, None, lambda unit: unit.stem in crowd.done, crowd.give_up, 1, "cpu", None, None, crumb)
         work.run_units(job, units((0, 1)), 1, 1)
         assert where[-1] == address and not crumb.exists()
+
+
+def test_a_gpu_that_fails_ends_this_process_and_leaves_word(monkeypatch, tmp_path):
+    """As a death does: the second time the work is given to processes of their own, where it is seen which sample did it, if one did."""
+    crumb, asked = tmp_path / "run/datasets/.val.at", []
+
+    def write(unit):
+        asked.append(unit)
+        raise Broken("the GPU failed (CUDA error: unspecified launch failure)")
+
+    job = work.Work("val", lambda unit: unit, lambda: write, lambda unit: False, list, 1, "cpu", None, None, crumb)
+    for deaths in (1, 2):
+        with pytest.raises(Stopped, match=r"2 units of val were not done: the GPU failed \(CUDA error: unspecified launch failure\)"):
+            work.run_units(job, units((0, 1), (1, 2)), 2, 2)
+        assert len(asked) == deaths and json.loads(crumb.read_text())["deaths"] == deaths
+    monkeypatch.setattr(cluster, "workers", lambda *given: (_ for _ in ()).throw(KeyError(given[4])))
+    with pytest.raises(KeyError, match="local"):
+        work.run_units(job, units((0, 1), (1, 2)), 2, 2)
+
+
+def test_an_engine_whose_gpu_fails_dies_of_it():
+    """Ray starts it anew, and gives its unit to another."""
+    code = "import pyarrow as pa; from jobs import cluster; from pipeline.errors import Broken\ndef write(table): raise Broken('the GPU failed (CUDA error: x)')\ntable = cluster._decode(pa.table({'unit': [%r]}), lambda unit: pa.table({'a': [1]}))\ncluster._Writer(lambda: write)(table)"
+    ended = subprocess.run([sys.executable, "-c", code % units((0, 1))[0].to_json()], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGKILL and "an engine ends: the GPU failed (CUDA error: x)" in ended.stderr
 
 
 def test_word_of_a_job_that_was_refused_leaves_no_folder(tmp_path):

@@ -86,7 +86,7 @@ def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
 
 def is_memory(fault: Exception) -> bool:
     """Whether the device, or the machine, had too little memory: torch has an exception for the most usual way alone."""
-    return isinstance(fault, torch.OutOfMemoryError) or (isinstance(fault, RuntimeError) and any(text in str(fault) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")))
+    return isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or (isinstance(fault, RuntimeError) and any(text in str(fault) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")))
 
 
 def prepare_process(threads: int, precision: str) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.errors import is_device
 from pipeline.saliency import is_memory
 
 try:
@@ -64,12 +65,12 @@ def agrees(fast: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor]
 
 
 def _reason(fast: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor], tolerance: float) -> str:
-    """Why `fast` is not to be believed, or nothing. Raises what says that memory ran out, which is nobody's fault."""
+    """Why `fast` is not to be believed, or nothing. Raises what says that memory ran out, or that the GPU failed."""
     truth = plain()
     try:
         error = float((fast() - truth).norm() / truth.norm())
     except Exception as fault:  # compilers fail in many ways
-        if is_memory(fault):
+        if is_memory(fault) or is_device(fault):
             raise
         return f"fails ({type(fault).__name__}: {str(fault).splitlines()[0][:120] if str(fault) else ''})"
     return "" if error <= tolerance else f"differs by {error:.1e}"
