@@ -154,14 +154,19 @@ class Store:
 
     def todo(self, dataset: str, unit_samples: int) -> list[Unit]:
         """The units that are not committed, in order."""
-        census = self.census(dataset)
-        return plan(dataset, census.asked, self.committed(dataset), unit_samples, census.limit)
+        census, files = self._listed(dataset)
+        return plan(dataset, census.asked, [f.stem for f in files], unit_samples, census.limit)
 
     def progress(self, dataset: str) -> Progress:
-        """Counted from the files that exist."""
-        pending = sum(unit.samples for unit in self.todo(dataset, 1 << 30))
-        files = self.files(dataset)
-        rows, rejected = ([rows_of(self.run / folder / dataset / f.name) for f in files] for folder in ("profiles", "rejects"))
+        """Counted from the footers of the files that exist. Raises BadRequest for those that are no unit's."""
+        manifest, (census, files) = self.manifest(), self._listed(dataset)
+        pending = sum(unit.samples for unit in plan(dataset, census.asked, [f.stem for f in files], 1 << 30, census.limit))
+        schema = profiles_schema(manifest.layers.total)
+        rows, rejected = [], [rows_of(self.run / "rejects" / dataset / f.name) for f in files]
+        for file in files:
+            with whole(file) as parquet:
+                self._must_be_ours(file, parquet.schema_arrow, dataset, manifest.fingerprint, schema)
+                rows.append(parquet.metadata.num_rows)
         for file, done, aside in zip(files, rows, rejected):
             _, start, stop = interval_of(file.stem)
             if done + aside != stop - start:
@@ -176,10 +181,15 @@ class Store:
         Without its rejects file a unit is not whole, and of units that overlap (see `units.apart`) the others do not count. Raises BadRequest for a unit that is none of
         this data set, whose census, where it has one, must know its shard.
         """
-        whole = self._names("profiles", dataset) & self._names("rejects", dataset)
-        if self.is_counted(dataset):  # read after the names: a shard is counted before a unit of it is committed
-            self.refuse_strangers(dataset, self.census(dataset), whole)
-        return [self.run / "profiles" / dataset / f"{stem}.parquet" for stem in sorted(apart(whole))]
+        return self._listed(dataset, self.is_counted(dataset))[1]
+
+    def _listed(self, dataset: str, counted: bool = True) -> tuple[Census | None, list[Path]]:
+        """(census, `files`). Raises BadRequest where there is no census, unless that is known."""
+        names = self._names("profiles", dataset) & self._names("rejects", dataset)
+        census = self.census(dataset) if counted else None  # read after the names: a shard is counted before a unit of it is committed
+        if census:
+            self.refuse_strangers(dataset, census, names)
+        return census, [self.run / "profiles" / dataset / f"{stem}.parquet" for stem in sorted(apart(names))]
 
     def refuse_strangers(self, dataset: str, census: Census, stems: Iterable[str] | None = None) -> None:
         """Raises BadRequest for a unit, of those committed or of `stems`, that lies in no shard of the census: somebody has put it there, or the census in its place."""

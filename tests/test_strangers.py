@@ -29,14 +29,15 @@ def test_a_unit_of_another_source_is_refused_and_left_alone(tmp_path, unit, word
     (lambda t: t.set_column(6, "saliency", t["saliency"].cast(pa.list_(pa.float32()))), "its column saliency is of list<element: float>, not of fixed_size_list<element: float>[3]"),
 ], ids=["text", "missing", "lists of any length"])  # fmt: skip
 def test_profiles_of_another_schema_are_refused_by_name(tmp_path, change, words):
-    """Also where other columns are read."""
+    """Also where other columns are read, or none."""
     store = begun(tmp_path)
     commit(store, UNIT)
     file = store.files("val")[0]
     pq.write_table(change(pq.read_table(file)), file)
-    with pytest.raises(BadRequest) as told:
-        list(store.blocks("val", ["shard"]))
-    assert str(told.value) == f"{file} is no file of profiles: {words}; remove this one and give the faultline extract command of val again"
+    for read in (lambda: list(store.blocks("val", ["shard"])), lambda: store.progress("val")):
+        with pytest.raises(BadRequest) as told:
+            read()
+        assert str(told.value) == f"{file} is no file of profiles: {words}; remove this one and give the faultline extract command of val again"
 
 
 def test_a_census_that_was_lost_is_made_again_with_all_shards_that_were_begun(copied):
