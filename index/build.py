@@ -130,8 +130,8 @@ def ensure_reference(store: Store, reference: str, tick: Callable[[str, int, int
     def blocks():
         nonlocal seen
         tick("statistics", 0, total)
-        for _, _, batch in store.blocks(reference, ["saliency"]):
-            yield saliency_of(batch)
+        for file, _, batch in store.blocks(reference, ["saliency"]):
+            yield _finite(saliency_of(batch), file, reference)
             seen += batch.num_rows
             tick("statistics", seen, total)
 
@@ -187,12 +187,17 @@ def _rows(store: Store, dataset: str, subset: str, standard: Reference, tick):
         seen += batch.num_rows
         tick(f"index {dataset}", seen, total)
         if len(keep):
-            standardised = standard.standardise(saliency_of(batch)[keep])
-            if not np.isfinite(standardised).all():
-                raise BadRequest(f"{printable(file)} holds saliency that is not finite: remove it, and extract {printable(dataset)} again with the same command")
+            standardised = _finite(standard.standardise(saliency_of(batch)[keep]), file, dataset)
             chosen = facts.select(FACTS).take(keep)
             columns = [pa.array([dataset] * len(keep)), *chosen.columns, pa.array([file.name] * len(keep)), pa.array(position + keep, pa.int32())]
             yield normalise(standardised), pa.table(columns, schema=ROWS)
+
+
+def _finite(rows: np.ndarray, file: Path, dataset: str) -> np.ndarray:
+    """Rows that are numbers. Raises BadRequest naming the file of others."""
+    if not np.isfinite(rows).all():
+        raise BadRequest(f"{printable(file)} holds saliency that is not finite: remove it, and extract {printable(dataset)} again with the same command")
+    return rows
 
 
 def _kept(batch: pa.RecordBatch, subset: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from jobs.progress import ProgressBar, say
 from pipeline.errors import BadRequest, printable
 from pipeline.sources import Shard, Source, open_source
 from pipeline.sources.doubles import Ids
+from pipeline.units import refuse_twins
 
 if TYPE_CHECKING:  # torch is loaded where it is needed
     import torch
@@ -80,6 +81,7 @@ def check(spec: str, model: str, weights: str | None = None, preprocess: str | N
     from pipeline.sources.flat_imagenet import FlatImageNet, devkit_at
 
     source, names = open_source(spec)
+    refuse_twins(names)
     if isinstance(source, FlatImageNet):
         source = replace(source, devkit=devkit)
     order = devkit_at(source.root, devkit)

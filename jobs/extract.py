@@ -19,14 +19,15 @@ from jobs import begin, cluster, servers
 from jobs.crumb import Crumb
 from jobs.progress import ProgressBar, say
 from jobs.work import ATTEMPTS, Work, run_units
+from pipeline.census import Census
 from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.locks import hold
 from pipeline.manifest import Manifest, holds_profiles
 from pipeline.sources import Shard, Source, open_source
 from pipeline.sources.doubles import Ids
 from pipeline.statistics import IMPORTED, Reference
-from pipeline.store import Census, Progress, Store
-from pipeline.units import MOST, Unit, shard_stem
+from pipeline.store import Progress, Store
+from pipeline.units import MOST, Unit, refuse_twins, shard_stem
 from pipeline.worker import Decoder, UnitWriter
 
 if TYPE_CHECKING:  # torch is loaded for new runs alone
@@ -116,7 +117,7 @@ def extract(settings: Settings) -> Outcome:
     with only_writer(store, settings.dataset):
         if store.is_counted(settings.dataset) and store.census(settings.dataset) != before:
             census = take_census(store, settings, source, names)  # another job has been here since, and this one is held against what it counted
-        store.refuse_strangers(settings.dataset, census)
+        store.refuse_others(settings.dataset, census)
         store.write_census(settings.dataset, census)
         store.sweep(settings.dataset)
         todo = store.todo(settings.dataset, manifest.unit_samples)
@@ -176,6 +177,7 @@ def take_census(store: Store, settings: Settings, source: Source, every: list[st
     asked = every[: settings.shards]
     begun = store.begun(settings.dataset)  # without a census, which may have been lost, that is what says so
     names = asked + [name for name in every[len(asked) :] if name in known or shard_stem(name) in begun]  # not asked for now, and still part of the data set
+    refuse_twins(names)
     ids = Ids(source)
     with ThreadPoolExecutor(min(16, len(names))) as pool, ProgressBar("counting shards", len(names), unit="shards") as bar:
         shards, faults = [], []

@@ -20,11 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.atomic import at
+from pipeline.census import Census
 from pipeline.errors import BadRequest, Broken, Fault, is_device, printable
 from pipeline.manifest import Manifest
 from pipeline.samples import Preprocessing, Sample, decode
 from pipeline.sources import Shard, reader
-from pipeline.store import Census, Store, read_table, whole, write_table
+from pipeline.store import Store, read_table, whole, write_table
 from pipeline.units import Unit, interval_of, shard_stem
 from pipeline.worker import Receipt
 
@@ -127,7 +128,7 @@ def units_of(store: Store, dataset: str, choice: Choice | Named) -> list[tuple[U
         stem, start, stop = interval_of(file.stem)
         if count and stem not in shards:
             raise BadRequest(f"{printable(file)} belongs to no shard of {printable(dataset)}: extract the data set again with the same command")
-        found += [(Unit(dataset, shards[stem].name, start, stop, shards[stem].marks_for(start, stop)), count)] if count else []
+        found += [(Unit(dataset, shards[stem].name, start, stop, shards[stem].marks_for(start, stop), shards[stem].version), count)] if count else []
     return found
 
 

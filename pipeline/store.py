@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.atomic import at, replace_file, replacing, write_json
+from pipeline.census import PLACE, Census
 from pipeline.errors import BadRequest, printable
 from pipeline.manifest import Manifest, read_json
-from pipeline.sources import Shard
 from pipeline.units import Unit, apart, interval_of, plan, shard_stem
 
 REJECTS = pa.schema([("sample_id", pa.string()), ("shard", pa.string()), ("reason", pa.string())])
 
-PLACE = ("spec", "root")  # of a census: where the source lies, which whoever moves it may change
 FORMAT = {"compression": "zstd", "write_page_checksum": True}
 ROW_GROUP = 8 << 20  # bytes of profiles that are written at a time, while the next are computed
-MADE_BY = b"run"  # in the metadata of a profiles file: the fingerprint of the run that made it
+MADE_BY, MADE_OF = b"run", b"shard"  # in the metadata of a profiles file: the fingerprint of the run that made it, and the version of the shard that it was made of
 
 
 def profiles_schema(filters: int) -> pa.Schema:
@@ -71,37 +70,6 @@ def saliency_of(table: pa.Table | pa.RecordBatch) -> np.ndarray:
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, column.type.list_size)
-
-
-@dataclass(frozen=True)
-class Census:
-    """What a data set of a run is made of: the source, every shard that was ever asked for, and how much the last request
-    asks for: the first `asked_shards` of them, the first `limit` samples of those (None: all)."""
-
-    spec: str
-    kind: str
-    root: str
-    shards: tuple[Shard, ...]
-    limit: int | None
-    asked_shards: int | None = None
-
-    @property
-    def asked(self) -> tuple[Shard, ...]:
-        return self.shards[: self.asked_shards]
-
-    @property
-    def samples(self) -> int:
-        """Samples asked for."""
-        total = sum(shard.samples for shard in self.asked)
-        return total if self.limit is None else min(self.limit, total)
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict) -> Census:
-        shards = tuple(Shard(**s | {"marks": tuple(map(tuple, s["marks"]))}) for s in fields["shards"])
-        return cls(**fields | {"shards": shards})
 
 
 @dataclass(frozen=True)
@@ -159,14 +127,9 @@ class Store:
 
     def progress(self, dataset: str) -> Progress:
         """Counted from the footers of the files that exist. Raises BadRequest for those that are no unit's."""
-        manifest, (census, files) = self.manifest(), self._listed(dataset)
+        census, files = self._listed(dataset)
         pending = sum(unit.samples for unit in plan(dataset, census.asked, [f.stem for f in files], 1 << 30, census.limit))
-        schema = profiles_schema(manifest.layers.total)
-        rows, rejected = [], [rows_of(self.run / "rejects" / dataset / f.name) for f in files]
-        for file in files:
-            with whole(file) as parquet:
-                self._must_be_ours(file, parquet.schema_arrow, dataset, manifest.fingerprint, schema)
-                rows.append(parquet.metadata.num_rows)
+        rows, rejected = self._rows(dataset, census, files), [rows_of(self.run / "rejects" / dataset / f.name) for f in files]
         for file, done, aside in zip(files, rows, rejected):
             _, start, stop = interval_of(file.stem)
             if done + aside != stop - start:
@@ -201,6 +164,20 @@ class Store:
             what = f"the shard that it is part of has {known[shard]:,} samples" if shard in known else "none of the shards is its own"
             raise BadRequest(f"{printable(self.run / 'profiles' / dataset / stem)}.parquet is no unit of {printable(census.spec)}, of which {printable(dataset)} is made: {what}; remove it, and the file of that name in rejects, or extract into another --dataset")
 
+    def refuse_others(self, dataset: str, census: Census) -> None:
+        """The same, and for profiles that were not made of the census' shards, or by this run. Reads the footer of every file."""
+        self.refuse_strangers(dataset, census)
+        self._rows(dataset, census, [self.run / "profiles" / dataset / f"{stem}.parquet" for stem in sorted(self._names("profiles", dataset))])
+
+    def _rows(self, dataset: str, census: Census, files: list[Path]) -> list[int]:
+        """Rows of profiles files. Raises BadRequest for one that is not this data set's."""
+        must_be_ours, rows = self._judge(dataset, census), []
+        for file in files:
+            with whole(file) as parquet:
+                must_be_ours(file, parquet.schema_arrow)
+                rows.append(parquet.metadata.num_rows)
+        return rows
+
     def begun(self, dataset: str) -> set[str]:
         """Stems of the shards of which a unit is there."""
         return {interval_of(stem)[0] for stem in self._names("profiles", dataset)}
@@ -224,7 +201,7 @@ class Store:
         profiles, rejects = (self.run / folder / unit.dataset / f"{unit.stem}.parquet" for folder in ("profiles", "rejects"))
         aside = []
         with replacing(profiles, at("profiles", unit)) as partial:
-            _write_rows(partial, _noting(parts, aside))
+            _write_rows(partial, _noting(parts, aside, unit.version))
             partial.stat()  # a folder that was moved away meanwhile is not begun anew at its old place
             write_table(rejects, pa.concat_tables(aside), at("rejects", unit))
         return sum(map(len, aside))
@@ -247,26 +224,41 @@ class Store:
 
     def blocks(self, dataset: str, columns: list[str], rows: int = 256) -> Iterator[tuple[Path, int, pa.RecordBatch]]:
         """(file, position of its first row in the file, batch of at most `rows`) over all profiles, in a fixed order."""
-        manifest = self.manifest()
-        own, schema = manifest.fingerprint, profiles_schema(manifest.layers.total)
-        for file in self.files(dataset):
+        census, files = self._listed(dataset, self.is_counted(dataset))
+        must_be_ours = self._judge(dataset, census)
+        for file in files:
             position = 0
             with whole(file) as parquet:
-                self._must_be_ours(file, parquet.schema_arrow, dataset, own, schema)
+                must_be_ours(file, parquet.schema_arrow)
                 for batch in parquet.iter_batches(rows, columns=columns):
+                    if hole := next((name for name, column in zip(batch.schema.names, batch.columns) if column.null_count), None):
+                        raise BadRequest(f"{printable(file)} is no file of profiles: a {hole} is missing in row {position + batch.column(hole).is_null().index(True).as_py()}; {self._again(dataset)}")
                     yield file, position, batch
                     position += batch.num_rows
 
+    def _judge(self, dataset: str, census: Census | None) -> Callable[[Path, pa.Schema], None]:
+        """What raises BadRequest for profiles of other settings or another source, and for columns that are no profile's."""
+        manifest, again = self.manifest(), self._again(dataset)
+        own, schema = manifest.fingerprint, profiles_schema(manifest.layers.total)
+        versions = {shard_stem(shard.name): shard.version for shard in census.shards} if census else {}
+
+        def must_be_ours(file: Path, found: pa.Schema) -> None:
+            made = {key: value.decode() for key, value in (found.metadata or {}).items() if key in (MADE_BY, MADE_OF)}
+            if made.get(MADE_BY, own) != own:
+                raise BadRequest(f"{printable(file)} was made with other settings than run.json states: it, or run.json, is another run's; put the right one back, or {again}")
+            version = versions.get(interval_of(file.stem)[0])
+            if made.get(MADE_OF, version) != version and version is not None:
+                raise BadRequest(f"{printable(file)} was made of another shard than {printable(census.spec)} holds now: give the --source that {printable(dataset)} was begun with, or another --dataset; or {again}")
+            for field in schema:
+                column = found.get_field_index(field.name)
+                if column < 0 or found.field(column).type != field.type:
+                    raise BadRequest(f"{printable(file)} is no file of profiles: its column {field.name} {'is missing' if column < 0 else f'is of {found.field(column).type}, not of {field.type}'}; {again}")
+
+        return must_be_ours
+
     @staticmethod
-    def _must_be_ours(file: Path, found: pa.Schema, dataset: str, own: str, schema: pa.Schema) -> None:
-        """Raises BadRequest for profiles of other settings, and for columns that are no profile's."""
-        again = f"remove this one and give the faultline extract command of {printable(dataset)} again"
-        if (found.metadata or {}).get(MADE_BY, own.encode()).decode() != own:
-            raise BadRequest(f"{printable(file)} was made with other settings than run.json states: it, or run.json, is another run's; put the right one back, or {again}")
-        for field in schema:
-            column = found.get_field_index(field.name)
-            if column < 0 or found.field(column).type != field.type:
-                raise BadRequest(f"{printable(file)} is no file of profiles: its column {field.name} {'is missing' if column < 0 else f'is of {found.field(column).type}, not of {field.type}'}; {again}")
+    def _again(dataset: str) -> str:
+        return f"remove this one and give the faultline extract command of {printable(dataset)} again"
 
     def profiles(self, dataset: str):
         """The profiles as a pyarrow dataset."""
@@ -287,11 +279,11 @@ def rows_of(path: Path) -> int:
         return parquet.metadata.num_rows
 
 
-def _noting(parts: Iterable[tuple[pa.Table, pa.Table]], aside: list[pa.Table]) -> Iterator[pa.Table]:
-    """Profiles of the parts; their rejects go to `aside`."""
+def _noting(parts: Iterable[tuple[pa.Table, pa.Table]], aside: list[pa.Table], version: str) -> Iterator[pa.Table]:
+    """Profiles of the parts, which say what they were made of; their rejects go to `aside`."""
     for profiles, rejects in parts:
         aside.append(rejects)
-        yield profiles
+        yield profiles.replace_schema_metadata({**(profiles.schema.metadata or {}), **({MADE_OF: version.encode()} if version else {})})
 
 
 def _write_rows(path: Path, tables: Iterable[pa.Table]) -> None:

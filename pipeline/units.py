@@ -11,8 +11,9 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from pipeline.errors import BadRequest, printable
 from pipeline.sources import Shard
 
 MOST = 1024  # samples of a unit
@@ -20,13 +21,14 @@ MOST = 1024  # samples of a unit
 
 @dataclass(frozen=True)
 class Unit:
-    """Samples [start, stop) of a shard of a data set; `marks` tell the reader where to begin."""
+    """Samples [start, stop) of a shard of a data set; `marks` tell the reader where to begin. version: of the shard, as the census has it."""
 
     dataset: str
     shard: str
     start: int
     stop: int
     marks: tuple[tuple[int, object], ...] = ()
+    version: str = ""
 
     @property
     def samples(self) -> int:
@@ -40,7 +42,7 @@ class Unit:
     def halves(self) -> list[Unit]:
         """Two units that cover the same samples; a unit of one sample has none."""
         middle = (self.start + self.stop) // 2
-        return [Unit(self.dataset, self.shard, a, b, self.marks) for a, b in ((self.start, middle), (middle, self.stop)) if b > a and self.samples > 1]
+        return [replace(self, start=a, stop=b) for a, b in ((self.start, middle), (middle, self.stop)) if b > a and self.samples > 1]
 
     def to_json(self, marks: bool = True) -> str:
         return json.dumps(asdict(self) if marks else asdict(self) | {"marks": ()})
@@ -52,9 +54,17 @@ class Unit:
 
 
 def shard_stem(shard: str) -> str:
-    """A shard's path as a file name that every reader lists (no leading `.` or `_`) and that no other shard has."""
+    """A shard's path as a file name that every reader lists (no leading `.` or `_`) and that no other shard of a data set has (see `refuse_twins`)."""
     plain = re.sub(r"[^A-Za-z0-9.=-]+", "-", shard.removesuffix(".tar"))[-120:].strip(".-")
     return plain if plain and plain + ".tar" == shard else f"{plain or 'shard'}-{hashlib.sha256(shard.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+def refuse_twins(shards: Iterable[str]) -> None:
+    """Raises BadRequest for two shards whose units would have the same names: where a name is not plain, eight digits of a digest tell it apart, which are the same by chance for two of four billion."""
+    names: dict[str, str] = {}
+    for shard in shards:
+        if (twin := names.setdefault(shard_stem(shard), shard)) != shard:
+            raise BadRequest(f"--source: {printable(twin)} and {printable(shard)} would go by one name in the run ({shard_stem(shard)}): rename one of them")
 
 
 def interval_of(stem: str) -> tuple[str, int, int] | None:
@@ -111,7 +121,7 @@ def plan(dataset: str, shards: Iterable[Shard], committed: Iterable[str], most: 
         for a, b in [*sorted(done.get(shard_stem(shard.name), [])), (stop, stop)]:
             while position < min(a, stop):
                 end = min(a, stop, (position // most + 1) * most)
-                units.append(Unit(dataset, shard.name, position, end, shard.marks_for(position, end)))
+                units.append(Unit(dataset, shard.name, position, end, shard.marks_for(position, end), shard.version))
                 position = end
             position = max(position, b)
     return units

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import pipeline.atomic
+from pipeline.census import Census
 from pipeline.sources import Shard
-from pipeline.store import Census, Store
+from pipeline.store import Store
 from pipeline.units import Unit, interval_of
 from test_store import MANIFEST, commit
 

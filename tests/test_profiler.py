@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from test_store import MANIFEST
 
 from pipeline import models
+from pipeline.census import Census
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
 from pipeline.profiler import Profiler
 from pipeline.samples import Preprocessing, Sample, decode
 from pipeline.sources import RawSample, open_source
-from pipeline.store import Census, Store, profiles_schema, saliency_of
+from pipeline.store import Store, profiles_schema, saliency_of
 from pipeline.units import Unit
 from pipeline.worker import DECODED, Decoder, UnitWriter
 

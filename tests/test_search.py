@@ -16,12 +16,13 @@ from hypothesis.extra import numpy as hnp
 
 from index import Run
 from index.build import build, normalise
+from pipeline.census import Census
 from pipeline.filters import FilterLayout
 from pipeline.manifest import Manifest
 from pipeline.samples import Preprocessing
 from pipeline.sources import Shard
 from pipeline.statistics import Reference
-from pipeline.store import REJECTS, Census, Store, profiles_schema
+from pipeline.store import REJECTS, Store, profiles_schema
 from pipeline.units import Unit
 
 LAYOUT = FilterLayout((("a", 2), ("b", 3), ("c", 1)))

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import store as store_module
+from pipeline.census import Census
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
 from pipeline.manifest import Manifest
 from pipeline.samples import Preprocessing
 from pipeline.sources import Shard
-from pipeline.store import REJECTS, Census, Store, profiles_schema, saliency_of
+from pipeline.store import REJECTS, Store, profiles_schema, saliency_of
 from pipeline.units import Unit
 
 LAYOUT = FilterLayout((("conv1", 2), ("conv2", 1)))

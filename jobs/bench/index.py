@@ -21,12 +21,13 @@ from index.search import Index
 from jobs.bench.measure import Measure, medians
 from jobs.neighbors import BLOCK
 from jobs.progress import say
+from pipeline.census import Census
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
 from pipeline.manifest import Manifest
 from pipeline.samples import Preprocessing
 from pipeline.sources import Shard
-from pipeline.store import REJECTS, Census, Store, profiles_schema
+from pipeline.store import REJECTS, Store, profiles_schema
 from pipeline.units import Unit
 
 UNIT, MODES, K = 1000, 50, 10

@@ -20,6 +20,7 @@ import torch
 
 from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout
+from pipeline.saliency.threads import have_threads
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
 
@@ -90,12 +91,12 @@ def is_memory(fault: Exception) -> bool:
 
 
 def prepare_process(threads: int, precision: str) -> None:
-    """Make this process one that computes: with so many threads, at `fp32` (no TF32 anywhere) or `tf32` (`bf16` is fp32 here and autocast in the profiler).
+    """Make this process one that computes: with so many threads, at `fp32` (no TF32 anywhere) or `tf32` (`bf16` is fp32 here and autocast in the profiler). Raises Stopped where it does not get the threads.
 
     Memory that it frees stays its own, up to 32 MiB at a time and where the C library is glibc: the next batch needs it again at once, and pages that the system clears anew
     cost a quarter of the time of a small network.
     """
-    torch.set_num_threads(threads)
+    have_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     with suppress(OSError, AttributeError):

@@ -1,0 +1,43 @@
+"""OpenMP may promise threads and not give them, by which torch's convolutions come out wrong: they are had, or nothing is computed."""
+
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from pipeline.store import Store
+
+GRADIENTS = """
+import torch
+from pipeline.errors import Stopped
+from pipeline.saliency import prepare_process
+try:
+    prepare_process(2, "fp32")
+    from pipeline.saliency.products import by_products
+    torch.manual_seed(0)
+    saw, gave = torch.randn(8, 16, 32, 32), torch.randn(8, 16, 32, 32)
+    how = torch.Size((16, 16, 3, 3)), (1, 1), (1, 1), (1, 1), 1, "abs"
+    found, truth = by_products(saw, gave, *how), by_products(saw.double(), gave.double(), *how)
+    print("right" if torch.allclose(found.double(), truth, rtol=1e-4) else f"wrong by {float((found - truth).abs().max()):.1e}")
+except Stopped as fault:
+    print(fault)
+"""
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [("OMP_DYNAMIC", "true", "right"), ("OMP_MAX_ACTIVE_LEVELS", "0", "right"), ("OMP_NUM_THREADS", "1", "right"), ("OMP_THREAD_LIMIT", "1", "OpenMP grants this process 1 of the 2 threads that this run computes with")],
+)
+def test_gradients_are_right_or_refused(name, value, said):
+    """What can be had otherwise is; a limit holds for a process's whole life."""
+    done = subprocess.run([sys.executable, "-c", GRADIENTS], capture_output=True, text=True, env=tiny.surroundings(**{name: value}), timeout=120)
+    assert done.stdout.startswith(said), done.stdout + done.stderr
+
+
+def test_the_command_gives_the_same_bits_whatever_openmp_is_told(small, tmp_path):
+    ended = tiny.process("extract", "--run", tmp_path / "run", "--dataset", "val", "--source", small.sources / "val", "--model", tiny.MODEL, OMP_DYNAMIC="true", OMP_THREAD_LIMIT="1", OMP_MAX_ACTIVE_LEVELS="0")
+    assert ended.code == 0, ended.err
+    for file in Store(small.run).files("val"):
+        assert pq.read_table(file).equals(pq.read_table(tmp_path / "run/profiles/val" / file.name))
