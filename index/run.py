@@ -117,6 +117,7 @@ class Run:
 
     def find(self, sample: str) -> Place:
         """Where `sample_id` or `dataset:sample_id` lies. Raises BadRequest, with the closest IDs, if it is in no data set, or in two."""
+        sample = sample.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # as IDs are kept whose bytes are no text
         dataset, colon, rest = sample.partition(":")
         explicit = [(dataset, rest)] if colon and dataset in self.datasets else []
         if explicit and (place := self._scan(dataset, rest)):

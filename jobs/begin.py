@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from jobs import cluster
 from jobs.apart import Died, apart
 from jobs.progress import say
-from pipeline.errors import BadRequest, printable
+from pipeline.errors import BadRequest, Fault, Stopped, printable
 from pipeline.filters import FilterLayout, coverage
 from pipeline.locks import hold
 from pipeline.manifest import Manifest
@@ -202,7 +203,9 @@ def write(store: Store, manifest: Manifest, network: torch.nn.Module) -> None:
         raise _unwritable(store, fault) from None
 
 
-def _unwritable(store: Store, fault: OSError) -> BadRequest:
+def _unwritable(store: Store, fault: OSError) -> Fault:
+    if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Stopped(f"--run: {printable(store.run)} cannot be written ({os.strerror(fault.errno)}): make room\nthe same command goes on")
     return BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)}); choose another folder")
 
 
@@ -213,7 +216,7 @@ def save_weights(store: Store, network: torch.nn.Module) -> None:
     try:
         models.save_weights(network, store.run / "weights.safetensors")
     except OSError as fault:
-        raise BadRequest(f"--run: {printable(store.run)} cannot be written ({printable(fault)}); make it writable") from None
+        raise _unwritable(store, fault) from None
 
 
 def _version(package: str) -> str:

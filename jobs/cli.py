@@ -19,7 +19,7 @@ import typer
 from jobs import evidence, signals
 from jobs.bench import command as benchmarks
 from jobs.environment import settle
-from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines
+from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines, said
 from jobs.progress import say, settle_streams, stages
 from pipeline.errors import BadRequest, Fault, Stopped, printable
 
@@ -98,8 +98,8 @@ def extract(
 @app.command()
 def index(
     run: RunOption,
-    datasets: Annotated[Optional[str], typer.Option(help="Data sets to search in, for example val,v2. Default: all of the run.")] = None,
-    reference: Annotated[Optional[str], typer.Option(help="Whose mu and sigma standardise: a data set of the run, or imported statistics. Default: val, or the first of --datasets.")] = None,
+    datasets: Annotated[Optional[str], typer.Option(**said("--datasets", str, "<str>"), help="Data sets to search in, for example val,v2. Default: all of the run.")] = None,
+    reference: Annotated[Optional[str], typer.Option(**said("--reference", str, "<str>"), help="Whose mu and sigma standardise: a data set of the run, or imported statistics. Default: val, or the first of --datasets.")] = None,
     subset: Annotated[str, typer.Option(help="errors: misclassified samples alone; all: every sample.")] = "errors",
     name: Annotated[Optional[str], typer.Option("--name", help="What the index is called. Default: the subset.")] = None,
 ) -> None:
@@ -116,6 +116,8 @@ def index(
         raise BadRequest(f"--subset: '{printable(subset)}' is not one of {', '.join(SUBSETS)}")
     if name is not None and not DATASET.fullmatch(name):
         raise BadRequest(f"--name: '{printable(name)}' cannot name a folder; use letters, digits, '.', '_' and '-'")
+    if datasets and not chosen:
+        raise BadRequest("--datasets: names nothing")
     if not chosen:
         raise BadRequest(f"{printable(run)} has no data set yet: faultline extract makes one")
     reference = reference or ("val" if "val" in known else chosen[0])

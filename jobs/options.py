@@ -25,7 +25,7 @@ RunOption = Annotated[Path, typer.Option("--run", help="The run directory.", sho
 Format = Annotated[str, typer.Option("--format", help="table, json or parquet, on stdout.")]
 Name = Annotated[Optional[str], typer.Option("--name", help="Which index. Default: errors, or the only one.")]
 Dataset = Annotated[Optional[str], typer.Option(help="Which data set of the run. Default: val, or the only one.")]
-Reference = Annotated[Optional[str], typer.Option(help="Whose mu and sigma standardise: a data set of the run, or imported statistics. Default: val, or the data set itself.")]
+Reference = Annotated[Optional[str], typer.Option(**said("--reference", str, "<str>"), help="Whose mu and sigma standardise: a data set of the run, or imported statistics. Default: val, or the data set itself.")]
 MaxSamples = Annotated[Optional[int], typer.Option(help="Only N samples, chosen by --seed. Default: all.")]
 Seed = Annotated[int, typer.Option(help="Decides every random choice.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard this verb's earlier results, made with other settings.")]

@@ -6,6 +6,7 @@ Weights are only ever read as data (safetensors, or `torch.load(weights_only=Tru
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import math
@@ -223,11 +224,16 @@ def digest_of(network: torch.nn.Module) -> str:
 
 
 def save_weights(network: torch.nn.Module, path: Path) -> None:
-    """The whole state dict as safetensors, so that a run directory can rebuild its network anywhere."""
+    """The whole state dict as safetensors, so that a run directory can rebuild its network anywhere. Raises OSError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(path) as partial:
-        save_file({name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}, partial)
+        try:
+            save_file({name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}, partial)
+        except SafetensorError as fault:
+            number = re.search(r"os error (\d+)", str(fault))
+            raise OSError(int(number[1]) if number else errno.EIO, str(fault)) from fault
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o666 & ~umask)  # safetensors makes it private; workers may run as another user

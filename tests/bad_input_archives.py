@@ -81,6 +81,12 @@ SAMPLES = [
     labelled("JSON negative", b'{"label": -1}', RANGE, "json"),
     Sample("labels that disagree", [("disagree.jpg", shards.photo(1)), ("disagree.cls", b"1"), ("disagree.json", b'{"label": 2}')], "disagree", "its .cls says 1, and its .json 2"),
     Sample("labels that agree", [("agree.jpg", shards.photo(1)), ("agree.cls", b"1"), ("agree.json", b'{"label": 1}')], "agree"),
+    labelled("JSON twice", b'{"label": 3, "label": 1}', 'its .json says 3 and 1 for "label"', "json"),
+    labelled("JSON twice the same", b'{"label": 3, "x": {"label": 4}, "label": 3}', end="json"),
+    Sample("labels that disagree, one as text", [("quoted.jpg", shards.photo(1)), ("quoted.cls", b"1"), ("quoted.json", b'{"label": "2"}')], "quoted", "its .cls says 1, and its .json 2"),
+    Sample("labels that disagree, one as a float", [("float.jpg", shards.photo(1)), ("float.cls", b"1"), ("float.json", b'{"label": 2.0}')], "float", "its .cls says 1, and its .json 2"),
+    Sample("labels that disagree, one twice", [("torn.jpg", shards.photo(1)), ("torn.cls", b"1"), ("torn.json", b'{"label": 1, "label": 2}')], "torn", 'its .json says 1 and 2 for "label"'),
+    Sample("label beside a class name", [("kind.jpg", shards.photo(1)), ("kind.cls", b"1"), ("kind.json", b'{"label": "tench"}')], "kind"),
     Sample("label beside captions", [("caption.jpg", shards.photo(1)), ("caption.cls", b"1"), ("caption.json", b'{"caption": "a dog"}')], "caption"),
     Sample("no label", [("unlabelled.jpg", shards.photo(1))], "unlabelled", "no label (.cls, or .json"),
     Sample("no image", [("pictureless.cls", b"1")], "pictureless", "no image (.jpg, .jpeg or .png) under this key"),
@@ -111,7 +117,7 @@ SAMPLES = [
     instead("folder", tarfile.DIRTYPE),
     Sample("a tar in a tar", [("inner.jpg", b"x" * 257 + b"ustar" + b"\0" * 762), ("inner.cls", b"1")], "inner", "not an image"),
 ]
-GOOD = {f"good{i}": i % 5 for i in range(70)}
+GOOD = {f"good{i}": i % 5 for i in range(80)}
 
 
 def one_shard(folder: Path) -> Path:
@@ -204,6 +210,8 @@ TARS = [
     Refused("tar: an attribute without end", raw_tar(header(tarfile.XHDTYPE, "x", 512), block(b"0 path=a\n" * 20), header(tarfile.REGTYPE, "y.jpg", 0)), END),
     Refused("tar: an attribute of no length", raw_tar(header(tarfile.XHDTYPE, "x", 20), block(b"0 size=0\n00000000000"), header(tarfile.REGTYPE, "y.jpg", 0)), END),
     Refused("tar: attributes of nothing", raw_tar(header(tarfile.XHDTYPE, "x", 0)), END),
+    Refused("tar: a long link of a terabyte", raw_tar(header(tarfile.GNUTYPE_LONGLINK, "././@LongLink", 1 << 40), header(tarfile.REGTYPE, "y.jpg", 0)), r"a\.tar cannot be read to its end \(a header claims more than memory holds\): fetch it again"),
+    Refused("tar: 3,000 attributes of attributes", raw_tar((header(tarfile.XHDTYPE, "x", 10) + block(b"10 a=bcde\n")) * 3000, header(tarfile.REGTYPE, "y.jpg", 0)), r"a\.tar cannot be read to its end \(headers of headers, without end\): fetch it again"),
     Refused("tar: a long name of nothing", raw_tar(header(tarfile.GNUTYPE_LONGNAME, "././@LongLink", 600)), END),
     Refused("tar: a key that comes again later", tar(("g1.jpg", shards.photo(9)), ("g1.cls", b"1")), TWICE),
     Refused("tar: a sample twice in a row", tar(("g5.jpg", shards.photo(9)), ("g5.cls", b"1")), TWICE),

@@ -175,3 +175,14 @@ def test_a_disk_without_space(runs, mounted, verb):
     ballast.unlink()
     ended, answer = table.call(verb, small)
     assert ended.code == 0 and answer == runs.answers[verb]
+
+
+def test_a_run_is_begun_on_a_disk_without_space(small, mounted):
+    """Its weights do not fit: nothing is begun, and with space the same command begins it."""
+    at = mounted("-t", "tmpfs", "-o", "size=64k", "tmpfs")
+    (at / "ballast").write_bytes(bytes(60 * 1024))
+    ended = small.extract("val", run=at / "run")
+    assert str(at / "run") in bad_input.message(ended, 4) and "No space left on device): make room" in ended.err
+    assert not [path for path in (at / "run").glob("**/*") if path.is_file() and not path.name.endswith(".lock")]
+    subprocess.run(["mount", "-o", "remount,size=8m", str(at)], check=True)
+    assert small.extract("val", run=at / "run").code == 0

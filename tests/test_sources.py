@@ -1,8 +1,11 @@
 """Tar shards: what one is taken to hold, from any position, and how a damaged one is told."""
 
+import io
+import json
 import os
 import pickle
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -236,6 +239,29 @@ def test_a_shard_that_changes_while_a_job_runs_is_refused(tmp_path, changed, int
             list(source.read(shard.marks_for(*interval), name, *interval))
     else:
         assert list(source.read(shard.marks_for(*interval), name, *interval)) == whole
+
+
+@pytest.mark.parametrize("folders", [False, True], ids=["with labels", "class folders"])
+@pytest.mark.parametrize("interval", [(0, 300), (130, 131), (200, 300), (256, 300)])
+def test_what_an_archive_says_of_all_its_members_holds_wherever_reading_begins(tmp_path, folders, interval):
+    """PAX's global headers, as `tar --pax-option=mtime=...` writes one: here at the beginning, and another in the middle."""
+    parts = []
+    for first, mtime in ((0, "1000"), (150, "2000")):
+        with tarfile.open(tmp_path / "part.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"mtime": mtime}) as tar:
+            for i in range(first, first + 150):
+                for name, content in [(f"images/{'cat' if i < 200 else 'dog'}/{i}.jpg", b"J" * 600)] if folders else [(f"{i}.jpg", b"J" * 600), (f"{i}.cls", b"1")]:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+            end = tar.offset
+        parts.append((tmp_path / "part.tar").read_bytes()[:end])
+    (tmp_path / "part.tar").unlink()
+    (tmp_path / "a.tar").write_bytes(b"".join(parts) + bytes(1024))
+    source, (name,) = open_source(str(tmp_path / "a.tar"))
+    shard = source.census(name)
+    shard = Shard(**json.loads(json.dumps(asdict(shard))) | {"marks": tuple(map(tuple, json.loads(json.dumps(shard.marks))))})
+    whole = list(source.read(shard.marks, name, 0, 300))
+    assert len(whole) == shard.samples == 300 and list(source.read(shard.marks_for(*interval), name, *interval)) == whole[slice(*interval)]
 
 
 @pytest.mark.parametrize("kind", ["cls", "json"])

@@ -17,7 +17,7 @@ from pipeline.errors import BadRequest, printable
 from pipeline.sources import Each, RawSample, Shard, Source
 from pipeline.sources.classes import Folder, labels_of, remarks, sample_id_of, stands_for_its_folders
 from pipeline.sources.files import MOST_BYTES, is_image, is_litter
-from pipeline.sources.tars import MARK_EVERY, Group, count, fingerprint, groups, is_gzip
+from pipeline.sources.tars import MARK_EVERY, Group, count, fingerprint, groups, handle_of, is_gzip
 from pipeline.sources.webdataset import slow
 
 
@@ -37,13 +37,13 @@ class TarFolders(Source):
         """Images of the archive from its headers alone. A handle is [[byte offset, digest of the headers up to the next mark] (of a .tar.gz: its fingerprint), parts of a path above the
         class folder, [[class, label], ...] of the samples up to the next mark]."""
         path, contents = os.path.join(self.root, name), _Contents()
-        marks: list[tuple[int, object, dict]] = []
+        marks: list[tuple[int, Group, dict]] = []
 
         def note(position: int, group: Group) -> None:
             for times, member in enumerate(group.members if each else ()):
                 each(sample_id_of(group.key), group.key + (f" again, at byte {member.offset}" if times else ""))
             if position % MARK_EVERY == 0:
-                marks.append((position, group.members[0].offset, {}))
+                marks.append((position, group, {}))
             marks[-1][2][posixpath.dirname(group.key)] = None
 
         samples, version, digests = count(path, contents.key, note)
@@ -51,7 +51,7 @@ class TarFolders(Source):
         up = contents.above()
         label = labels_of(path, contents.folders(up), f"unpack it, and give the folder {'/'.join([*contents.shared(up), ''])}")
         start = fingerprint(path) if is_gzip(name) else None
-        handles = [(p, [start or [offset, digest], up, [list(pair) for pair in sorted({f.split("/")[up]: label[f.split("/")[up]] for f in folders}.items())]]) for (p, offset, folders), digest in zip(marks, digests)]
+        handles = [(p, [start or handle_of(group, digest), up, [list(pair) for pair in sorted({f.split("/")[up]: label[f.split("/")[up]] for f in folders}.items())]]) for (p, group, folders), digest in zip(marks, digests)]
         return Shard(name, samples, version, tuple(handles))
 
     def read(self, marks: tuple[tuple[int, object], ...], name: str, start: int, stop: int) -> Iterator[RawSample]:

@@ -25,7 +25,7 @@ from pipeline.sources.files import MOST_BYTES  # a few kilobytes of gzip can sta
 MARK_EVERY = 128  # samples between two places from which reading can begin
 EMPTY = 10240  # bytes of a tar without members, all of them zeros
 PARKED = 4  # streams that a process keeps open
-FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError)  # what damaged archives make their reader raise
+FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError, RecursionError)  # what damaged archives make their reader raise
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 MOST_LABEL = 1 << 20  # bytes of a label that is held against the census
 Key = Callable[[tarfile.TarInfo], str]
@@ -81,9 +81,10 @@ class Forward:
 
 @dataclass
 class Group:
-    """Consecutive members of one key, and what those of them hold that were asked for, by their offset."""
+    """Consecutive members of one key, and what those of them hold that were asked for, by their offset. said: what the archive had said of all members until here (PAX's global headers)."""
 
     key: str
+    said: dict[str, str] = field(default_factory=dict)
     members: list[tarfile.TarInfo] = field(default_factory=list)
     contents: dict[int, bytes] = field(default_factory=dict)
 
@@ -99,12 +100,12 @@ class Walk:
     At most one group is in memory, and the first member of the next.
     """
 
-    def __init__(self, path: str, key: Key, holds: Which, labels: Which = none, offset: int = 0, position: int = 0):
+    def __init__(self, path: str, key: Key, holds: Which, labels: Which = none, offset: int = 0, position: int = 0, said: dict[str, str] | None = None):
         self.file = Forward(path, offset)
         self.position, self.hold_from = position, float("inf")
         self.key, self.holds, self.labels = key, holds, labels
         try:
-            self.tar = tarfile.open(fileobj=self.file, mode="r:")
+            self.tar = tarfile.open(fileobj=self.file, mode="r:", pax_headers=said)
         except BaseException:
             self.file.file.close()
             raise
@@ -128,7 +129,7 @@ class Walk:
             if key != group.key:
                 if group.key:
                     yield group
-                group, number = Group(key), number + 1
+                group, number = Group(key, dict(self.tar.pax_headers)), number + 1
             group.members.append(member)
             wanted = number >= self.hold_from and member.size <= MOST_BYTES and self.holds(member.name) or member.size <= MOST_LABEL and self.labels(member.name)
             if member.isfile() and wanted:
@@ -197,10 +198,19 @@ def count(path: str, key: Key, each: Callable[[int, Group], None], labels: Which
             headers.close()
         return walk.position, hashlib.sha256("".join([whole, *headers.digests]).encode()).hexdigest()[:16], headers.digests
     except FAULTS as fault:
-        raise BadRequest(f"{printable(path)} cannot be read to its end ({printable(fault)}): fetch it again or repack it, or leave it out of --source") from None
+        raise BadRequest(f"{printable(path)} cannot be read to its end ({_why(fault)}): fetch it again or repack it, or leave it out of --source") from None
     finally:
         if walk is not None:
             walk.close()
+
+
+def _why(fault: Exception) -> str:
+    return {MemoryError: "a header claims more than memory holds", RecursionError: "headers of headers, without end"}.get(type(fault)) or printable(fault)[:200]
+
+
+def handle_of(group: Group, digest: str) -> list:
+    """Of the stretch of a .tar that begins with a group and has this digest: [offset, digest], and what had been said of all members, where anything had."""
+    return [group.members[0].offset, digest, *([group.said] if group.said else [])]
 
 
 def _refuse_misnamed(path: str) -> None:
@@ -217,8 +227,8 @@ def _refuse_misnamed(path: str) -> None:
 
 
 def groups(path: str, key: Key, holds: Which, marks: Sequence[tuple[int, object]], start: int, stop: int, labels: Which = none) -> Iterator[Group]:
-    """Groups [start, stop) with their contents. `marks`: the last at or before `start`, and those inside: the position of a group, and (byte offset of its first header, digest of
-    the headers and `labels` up to the next mark), or of a .tar.gz its fingerprint.
+    """Groups [start, stop) with their contents. `marks`: the last at or before `start`, and those inside: the position of a group, and its handle (`handle_of`, the digest that of
+    the headers and `labels` up to the next one), or of a .tar.gz its fingerprint.
 
     Raises BadRequest if there are fewer of them, or if it is not the file of the census: of a .tar.gz before any is given, of a .tar once the headers up to the mark behind them are read.
     """
@@ -229,7 +239,7 @@ def groups(path: str, key: Key, holds: Which, marks: Sequence[tuple[int, object]
             raise _changed(path)
         walk = _unpark(path, handle, start) or Walk(path, key, holds)
     else:
-        walk = Walk(path, key, holds, labels, handle[0], position)
+        walk = Walk(path, key, holds, labels, handle[0], position, *map(dict, handle[2:]))
     walk.hold_from = start
 
     def check(group: Group | None) -> None:
@@ -251,7 +261,7 @@ def groups(path: str, key: Key, holds: Which, marks: Sequence[tuple[int, object]
                 if group is None:
                     break
     except FAULTS as fault:
-        raise BadRequest(f"{printable(path)} cannot be read on from sample {walk.position} ({printable(fault)}): fetch it again or repack it") from None
+        raise BadRequest(f"{printable(path)} cannot be read on from sample {walk.position} ({_why(fault)}): fetch it again or repack it") from None
     finally:
         if is_gzip(path) and walk.position == stop:
             _park(path, handle, walk)

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from pipeline.errors import printable
 from pipeline.sources import Each, RawSample, Shard, Source
-from pipeline.sources.tars import MARK_EVERY, MOST_BYTES, Group, count, fingerprint, groups, is_gzip, key_of
+from pipeline.sources.tars import MARK_EVERY, MOST_BYTES, Group, count, fingerprint, groups, handle_of, is_gzip, key_of
 
 IMAGES = ("jpg", "jpeg", "png")
 LABELS = ("cls", "json")
@@ -46,10 +46,10 @@ class WebDataset(Source):
                 if again := _second(group.members):
                     each(group.key, f"{again.name} again, at byte {again.offset}")
             if position % MARK_EVERY == 0 and not is_gzip(name):
-                marks.append((position, group.members[0].offset))
+                marks.append((position, group))
 
         samples, version, digests = count(self.path(name), _key, note, _is_label)
-        marks = [(position, [offset, digest]) for (position, offset), digest in zip(marks, digests)]
+        marks = [(position, handle_of(group, digest)) for (position, group), digest in zip(marks, digests)]
         if is_gzip(name):
             marks = [(0, fingerprint(self.path(name)))]
         return Shard(name, samples, version, tuple(marks))
@@ -109,12 +109,33 @@ def _sample(tar: Group, key: str, members: list[tarfile.TarInfo]) -> RawSample:
 
 
 def _also(tar: Group, parts: dict[str, tarfile.TarInfo]) -> int | None:
-    """What a .json beside a .cls calls the label, where it says a whole number: most hold captions and the like."""
+    """What a .json beside a .cls calls the label, where it says a whole number, in whatever form: most hold captions and the like. Raises ValueError where it says two."""
     try:
-        label = json.loads(tar.extractfile(parts["json"]).read())["label"] if "json" in parts else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        label = _in_json(tar, parts) if "json" in parts else None
+    except KeyError:
         return None
-    return label if type(label) is int else None
+    if isinstance(label, str) and re.fullmatch(" *[+-]?[0-9]+ *", label):
+        return int(label)
+    return int(label) if type(label) in (int, float) and label == label // 1 else None
+
+
+def _in_json(tar: Group, parts: dict[str, tarfile.TarInfo]) -> object:
+    """The "label" of a .json. Raises KeyError where it has none, ValueError where it has several that differ: which one holds, readers do not agree on."""
+    labels = []
+
+    def note(pairs: list[tuple[str, object]]) -> dict:
+        labels[:] = [value for key, value in pairs if key == "label"]  # an outer object comes after those in it
+        return dict(pairs)
+
+    try:
+        told = json.loads(tar.extractfile(parts["json"]).read(), object_pairs_hook=note)
+    except (ValueError, RecursionError):
+        raise KeyError from None
+    if not isinstance(told, dict) or "label" not in told:
+        raise KeyError
+    if len({json.dumps(label) for label in labels}) > 1:
+        raise ValueError(f"its .json says {printable(' and '.join(json.dumps(label)[:20] for label in labels[:2]))} for \"label\"")
+    return labels[0]
 
 
 def _label(tar: Group, parts: dict[str, tarfile.TarInfo]) -> int:
@@ -130,8 +151,8 @@ def _label(tar: Group, parts: dict[str, tarfile.TarInfo]) -> int:
         return int(text)
     if "json" in parts:
         try:
-            label = json.loads(tar.extractfile(parts["json"]).read())["label"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            label = _in_json(tar, parts)
+        except KeyError:
             raise ValueError("its .json holds no \"label\"") from None
         if not isinstance(label, int) or isinstance(label, bool):
             raise ValueError(f"the label in its .json is {printable(json.dumps(label)[:40])}, not a whole number")
