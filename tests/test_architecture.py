@@ -17,7 +17,7 @@ LAYERS = [
     {"pipeline.boxes"},
     {"pipeline.models", "pipeline.saliency", "pipeline.statistics"},
     {"pipeline.explanation"},
-    {"pipeline.manifest", "pipeline.units"},
+    {"pipeline.manifest", "pipeline.units", "pipeline.census"},
     {"pipeline.store", "pipeline.doctor"},
     {"pipeline.profiler"},
     {"pipeline.worker"},
