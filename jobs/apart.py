@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from pipeline.errors import Fault
+from pipeline.errors import Broken, Fault
 
 
 class Died(Exception):
@@ -53,6 +53,8 @@ def _answer() -> None:
         answer = True, function(*args)
     except KeyboardInterrupt:  # a terminal's Ctrl-C reaches both: the first process says so
         os._exit(130)
+    except Broken:  # this process is dead to its GPU
+        os.kill(os.getpid(), signal.SIGKILL)
     except Fault as fault:
         answer = False, fault
     except Exception:

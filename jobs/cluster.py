@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs import servers
+from jobs.environment import settle
 from pipeline.errors import BadRequest, Broken, Stopped, printable
 from pipeline.units import Unit
 from pipeline.worker import Receipt
@@ -194,6 +195,7 @@ class _Writer:
     """The actor: a writer from decoded units to receipts, a row each. Where its GPU is broken it dies, and Ray gives the unit to another."""
 
     def __init__(self, make_writer: MakeWriter):
+        settle()  # on another machine, before torch comes
         self.write = make_writer()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -202,5 +204,5 @@ class _Writer:
         try:
             return pa.Table.from_pylist([asdict(self.write(decoded))])
         except Broken as fault:
-            print(f"an engine ends: {fault}", file=sys.stderr, flush=True)
+            print(f"an engine ends: {str(fault).splitlines()[0]}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,7 @@ import os
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 
-FEWER = ("OMP_DYNAMIC", "OMP_THREAD_LIMIT", "OMP_MAX_ACTIVE_LEVELS")  # that promise threads and then do not give them, by which torch's convolutions come out wrong (`pipeline/saliency/threads.py`)
+FEWER = ("OMP_DYNAMIC", "OMP_THREAD_LIMIT", "OMP_MAX_ACTIVE_LEVELS", "OMP_STACKSIZE")  # that promise threads and then do not give them, by which torch's convolutions come out wrong (`pipeline/saliency/threads.py`), or the process ends
 
 
 def settle() -> None:

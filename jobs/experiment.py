@@ -194,8 +194,15 @@ def _short(value: object) -> str:
 def _discard(folder: Path, figures: tuple[str, ...]) -> None:
     """Results of this verb alone, and its figures; the settings last, so that rows never lie under others."""
     drawn = [folder / f"{figure}{end}" for figure in figures for end in (".png", ".svg")]
-    for path in [*folder.glob("*.parquet"), *folder.glob(".*.tmp"), *drawn, folder / "summary.json", folder / "settings.json"]:
+    _sweep(folder)
+    for path in [*folder.glob("*.parquet"), *drawn, folder / "summary.json", folder / "settings.json"]:
         path.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """What a job left half written that died here. Call while this one holds the experiment."""
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
 
 
 def refuse_changed_source(store: Store, dataset: str, shards: set[str]) -> None:
@@ -209,8 +216,7 @@ def _do(store: Store, experiment: Experiment, request: Request, dataset: str, ch
     folder = results_folder(store.run, experiment.name)
     (folder / "summary.json").unlink(missing_ok=True)
     write_json(folder / "settings.json", settings)
-    for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
+    _sweep(folder)
 
     def give_up(unit: Unit) -> list[Unit]:
         raise undone(experiment.name, 1, f"{unit.stem}: its workers died without a word (out of memory?)")
@@ -243,6 +249,7 @@ def _summary(verb: Verb, store: Store, dataset: str, reference: Reference, setti
         write_json(folder / "summary.json", summary)
     summary = read_json(path, remedy)
     if not all(figure.exists() for figure in figures):
+        _sweep(folder)
         verb.draw(store, summary, folder)
     say(f"figures: {printable(folder)}/{{{','.join(verb.figures)}}}.{{png,svg}}")
     return summary

@@ -73,7 +73,7 @@ def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int 
                 for unit in alone:
                     receive([unit], ATTEMPTS)
             except Broken as fault:
-                raise undone(work.name, sum(not work.is_committed(unit) for unit in todo), str(fault)) from None
+                raise undone(work.name, sum(not work.is_committed(unit) for unit in todo), str(fault).splitlines()[0]) from None
             except cluster.Hung:
                 todo, hangs = [unit for unit in todo if not work.is_committed(unit)], hangs + 1
                 if todo and hangs == HANGS:

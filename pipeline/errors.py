@@ -30,7 +30,7 @@ class Broken(Stopped):
 
     @classmethod
     def by(cls, fault: Exception) -> Broken:
-        return cls(f"the GPU failed ({printable(str(fault).strip().splitlines()[0])[:200]})")
+        return cls(f"the GPU failed ({printable(str(fault).strip().splitlines()[0])[:200]})\nthe same command goes on, by another process")
 
 
 def is_device(fault: BaseException) -> bool:

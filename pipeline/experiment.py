@@ -193,6 +193,7 @@ class ResultWriter:
         """made_with: the `settings_digest` that the job began with; a worker that outlives its job must not write among the rows of another's."""
         self.run, self.experiment, self.made_with = run, experiment, made_with
         self.rows = experiment.start(run, device)
+        self.threads = Store(run).manifest().threads
 
     def __call__(self, gathered: pa.Table) -> Receipt:
         """The unit's file is there when this returns, or the receipt's fault says why not. Its samples are those that were chosen. Raises Broken."""
@@ -201,6 +202,10 @@ class ResultWriter:
         unit, fault, aside, refused = Unit.from_json(about["unit"]), about["fault"], [], False
         if not fault:
             try:
+                if self.experiment.images:  # which a network is to see
+                    from pipeline.saliency.threads import have_threads
+
+                    have_threads(self.threads)
                 samples, profiles, aside = unpack(gathered)
                 schema = self.experiment.schema
                 rows = self.rows(samples, profiles).select(schema.names).cast(schema) if profiles.num_rows else schema.empty_table()

@@ -28,6 +28,7 @@ from pipeline.manifest import Manifest
 from pipeline.samples import Sample
 from pipeline.saliency import is_memory, make_engine, prepare_process
 from pipeline.saliency.loss import cross_entropy
+from pipeline.saliency.threads import have_threads
 from pipeline.store import MADE_BY, REJECTS, profiles_schema
 
 
@@ -55,7 +56,8 @@ class Profiler:
         return tuple(map(pa.concat_tables, zip(*self.parts(samples, shard, start))))
 
     def parts(self, samples: list[Sample], shard: str, start: int) -> Iterator[tuple[pa.Table, pa.Table]]:
-        """The same, batch by batch."""
+        """The same, batch by batch. Raises Stopped where this thread does not get those that compute with it."""
+        have_threads(self.manifest.threads)
         shard = shard.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         for _, batch in groupby(range(len(samples)), lambda i: (start + i) // self.manifest.batch_size):
             batch = list(batch)
@@ -71,7 +73,7 @@ class Profiler:
         """Profile a batch; where it raises, each half of it, down to the samples that are the cause."""
         try:
             saliency, logits = self._batch({(start + i) % self.manifest.batch_size: samples[i] for i in chosen})
-        except Exception as fault:
+        except (Exception, SystemExit) as fault:  # a network is anybody's code
             if is_memory(fault) or is_device(fault) or isinstance(fault, OSError):
                 raise  # not even one image at a time fits, the GPU failed, or the system did; no sample is to blame
             if len(chosen) == 1:

@@ -27,6 +27,10 @@ def broken():
 def killed(how):
     os.kill(os.getpid(), how)
 
+def without_gpu():
+    from pipeline.errors import Broken
+    raise Broken("the GPU failed")
+
 def gone():
     os._exit(7)
 
@@ -68,6 +72,12 @@ def test_a_defect_keeps_its_traceback(functions):
 def test_its_death_is_told_by_name(functions, how, name):
     with pytest.raises(Died, match=f"^{name}$"):
         apart(functions.killed, how)
+
+
+def test_a_gpu_that_fails_is_a_death(functions):
+    """Another process may go on, with other images."""
+    with pytest.raises(Died, match="^SIGKILL$"):
+        apart(functions.without_gpu)
 
 
 def test_an_end_without_an_answer_is_a_death(functions):

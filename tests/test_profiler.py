@@ -122,6 +122,13 @@ def test_sample_that_fails_is_set_aside_alone():
     assert table_rows(table) == {name: good[name] for name in table["sample_id"].to_pylist()}
 
 
+def test_a_network_that_asks_to_exit_fails_like_any_other(monkeypatch):
+    profiler, engine = picky(), picky().engine
+    monkeypatch.setattr(profiler, "engine", lambda images, labels: sys.exit(3) if (images[:, 0, 0, 0] > 2).any() else engine(images, labels))
+    table, rejects = profiler.profile(with_corners(samples_of(3), [100, 255, 100]), "a.tar", 0)
+    assert table["sample_id"].to_pylist() == ["00", "02"] and rejects["reason"].to_pylist() == ["the network fails on it: 3"]
+
+
 @pytest.mark.parametrize(
     "fault",
     [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), RuntimeError("CUDA error: unspecified launch failure"), OSError(28, "No space left on device")],

@@ -9,6 +9,23 @@ import tiny
 
 from pipeline.store import Store
 
+ANOTHER_THREAD = """
+import ctypes, sys, threading
+from pathlib import Path
+import numpy as np
+from pipeline.profiler import Profiler
+from pipeline.samples import Sample
+profiler = Profiler.restore(Path(sys.argv[1]), "cpu")
+samples = [Sample(str(i), 0, pixels) for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8))]
+openmp = ctypes.CDLL(None)
+def compute():
+    print("before", openmp.omp_get_dynamic())
+    list(profiler.parts(samples, "a.tar", 0))
+    print("after", openmp.omp_get_dynamic(), openmp.omp_get_max_threads() == profiler.manifest.threads)
+thread = threading.Thread(target=compute)
+thread.start()
+thread.join()
+"""
 GRADIENTS = """
 import torch
 from pipeline.errors import Stopped
@@ -35,6 +52,12 @@ def test_gradients_are_right_or_refused(told, said):
     """What can be had otherwise is; a limit holds for a process's whole life."""
     done = subprocess.run([sys.executable, "-c", GRADIENTS], capture_output=True, text=True, env=tiny.surroundings(**told), timeout=120)
     assert done.stdout.startswith(said), done.stdout + done.stderr
+
+
+def test_whoever_computes_in_another_thread_has_them_too(small):
+    """As Ray's actors do: they are made in one thread and called in another, and OpenMP keeps its settings for each."""
+    done = subprocess.run([sys.executable, "-c", ANOTHER_THREAD, small.run], capture_output=True, text=True, env=tiny.surroundings(OMP_DYNAMIC="true"), timeout=120)
+    assert done.stdout == "before 1\nafter 0 True\n", done.stdout + done.stderr
 
 
 def test_the_command_gives_the_same_bits_whatever_openmp_is_told(small, tmp_path):

@@ -17,7 +17,10 @@ REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def have_threads(threads: int) -> None:
-    """torch computes with so many in this process from here on. Raises Stopped if OpenMP does not grant them."""
+    """torch computes with so many in this process from here on. Raises Stopped if OpenMP does not grant them.
+
+    OpenMP keeps its word to each thread by itself: whoever computes in another thread than the one that called this calls it there.
+    """
     torch.set_num_threads(threads)
     granted = _granted()
     if granted is not None and granted < threads:

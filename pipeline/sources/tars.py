@@ -129,7 +129,7 @@ class Walk:
             if key != group.key:
                 if group.key:
                     yield group
-                group, number = Group(key, dict(self.tar.pax_headers)), number + 1
+                group, number = Group(key, {what: value for what, value in self.tar.pax_headers.items() if what != "comment"}), number + 1
             group.members.append(member)
             wanted = number >= self.hold_from and member.size <= MOST_BYTES and self.holds(member.name) or member.size <= MOST_LABEL and self.labels(member.name)
             if member.isfile() and wanted:
