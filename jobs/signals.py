@@ -11,12 +11,14 @@ from contextlib import suppress
 from pipeline.errors import Stopped
 
 WRITES, ASKS = "what is done is kept, and the same command resumes", "nothing was written, and the same command begins again"
+told = False  # whether this process was told to stop
 left = WRITES  # what the command of this process leaves when it is stopped
 
 
 def hear(writes: bool) -> None:
     """From now on a signal raises KeyboardInterrupt in the main thread, and a second one ends the process. writes: whether the command writes anything but its answer."""
-    global left
+    global left, told
+    told = False
     left = WRITES if writes else ASKS
     _answer(_stop)
     atexit.register(_answer, signal.SIG_IGN)  # what is registered first comes last: Python is being taken down, without handlers, and the exit code is decided
@@ -31,8 +33,16 @@ def _answer(handler: Callable[..., None] | signal.Handlers) -> None:
 
 def _stop(*_: object) -> None:
     """The first time, a job takes leave of its files, its processes and Ray."""
+    global told
+    told = True
     _answer(_at_once)
     raise KeyboardInterrupt
+
+
+def heed() -> None:
+    """Raises KeyboardInterrupt where this process was told to stop, and what it was in at that moment (a callback of a C library, a module that was being imported) swallowed it."""
+    if told:
+        raise KeyboardInterrupt
 
 
 def _at_once(*_: object) -> None:

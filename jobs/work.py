@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import pyarrow as pa
 
-from jobs import cluster
+from jobs import cluster, signals
 from jobs.crumb import Crumb
 from jobs.progress import ProgressBar, say
 from pipeline.errors import Broken, Stopped, printable
@@ -60,6 +60,7 @@ def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int 
             nonlocal units_run
             for receipt in stream(units, attempts) if units else ():
                 units_run += 1
+                signals.heed()
                 if receipt.refused:
                     raise undone(work.name, sum(not work.is_committed(unit) for unit in todo), receipt.fault)
                 if receipt.fault:

@@ -107,6 +107,15 @@ def test_a_job_that_died_twice_at_the_same_unit_is_done_by_processes_of_their_ow
         assert where[-1] == address and not crumb.exists()
 
 
+def test_a_job_that_was_told_to_stop_does(monkeypatch):
+    """Also where the exception was swallowed by what it was in."""
+    crowd = Crowd(set())
+    monkeypatch.setattr(work.signals, "told", True)
+    with pytest.raises(KeyboardInterrupt):
+        crowd.run(monkeypatch, units((0, 1), (1, 2), (2, 3)))
+    assert len(crowd.done) == 1
+
+
 def test_a_gpu_that_fails_ends_this_process_and_leaves_word(monkeypatch, tmp_path):
     """As a death does: the second time the work is given to processes of their own, where it is seen which sample did it, if one did."""
     crumb, asked = tmp_path / "run/datasets/.val.at", []
