@@ -36,6 +36,7 @@ SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless o
 DECODE_CPUS = 0.5  # that a decode task reserves
 PATIENCE = "FAULTLINE_PATIENCE"  # seconds without a finished unit, once there was one, after which the workers are believed to hang
 SLOWEST = 20  # and never fewer than so many times the longest pause so far
+GPU_UNITS = 2  # of an engine at once: one is written, and the next unpacked, while the GPU computes the other
 ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
 
 
@@ -102,13 +103,17 @@ def in_this_process(address: str | None, actors: tuple[int, int] | None, samples
 
 
 @contextmanager
-def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str, address: str | None, actors: tuple[int, int] | None, samples: int, at: At = nullcontext) -> Iterator[Stream]:
-    """Workers for about `samples` samples, engines of `threads` threads: this process, or Ray's. at: entered with the stem of each unit that this process works on."""
+def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str, address: str | None, actors: tuple[int, int] | None, samples: int, at: At = nullcontext, overlaps: bool = False) -> Iterator[Stream]:
+    """Workers for about `samples` samples, engines of `threads` threads: this process, or Ray's.
+
+    at: entered with the stem of each unit that this process works on. overlaps: whether a writer may be called for a second unit while it is at the first, as on a GPU it is then.
+    """
     if in_this_process(address, actors, samples):
         yield Stream(partial(_here, decoder, make_writer(), at), "starting in this process (small work; --address local starts Ray)")
         return
     ray = servers.start(address)
-    yield Stream(lambda units, attempts: _stream(ray, decoder, make_writer, threads, device, actors, units, attempts), "waiting for the first unit: Ray's workers are starting (half a minute or so)")
+    at_once = GPU_UNITS if overlaps and device == "cuda" else 1
+    yield Stream(lambda units, attempts: _stream(ray, decoder, make_writer, threads, device, actors, at_once, units, attempts), "waiting for the first unit: Ray's workers are starting (half a minute or so)")
 
 
 def _here(decoder: Decode, write: Callable[[pa.Table], Receipt], at: At, units: list[Unit], attempts: int) -> Iterator[Receipt]:
@@ -118,8 +123,8 @@ def _here(decoder: Decode, write: Callable[[pa.Table], Receipt], at: At, units: 
         yield receipt
 
 
-def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device: str, actors: tuple[int, int] | None, units: list[Unit], attempts: int) -> Iterator[Receipt]:
-    """Receipts of `units` from Ray Data. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
+def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device: str, actors: tuple[int, int] | None, at_once: int, units: list[Unit], attempts: int) -> Iterator[Receipt]:
+    """Receipts of `units` from Ray Data, of which each engine has `at_once` at a time. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
 
     Raises Stopped if no worker can be started at all, Hung if none comes back for long.
     """
@@ -129,13 +134,16 @@ def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device:
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     least, most = actors or (max(1, gpus if device == "cuda" else cpus // max(ENGINE_THREADS, threads)),) * 2
     most = min(most, len(units))
-    pool = ActorPoolStrategy(size=most) if least >= most else ActorPoolStrategy(min_size=least, max_size=most)
+    pool = ActorPoolStrategy(
+        min_size=min(least, most), max_size=most, max_tasks_in_flight_per_actor=at_once, max_concurrent_calls_per_actor=at_once, enable_true_multi_threading=True
+    )  # none waits behind another: at the end of a job it would wait there for the slowest engine, while others are done
     largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
     where = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": cpus_of_an_engine(min(threads, largest), most, cpus)}
 
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a unit stays one block, however large
     context.enable_progress_bars = False
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # all that are there are busy
     context.max_errored_blocks = -1  # a unit that is given up is seen by its missing file
     context.log_internal_stack_trace_to_stdout = False
     line = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))

@@ -252,7 +252,7 @@ def do(store: Store, settings: Settings, manifest: Manifest, census: Census, tod
 
     work = Work(
         settings.dataset, Decoder(census.kind, census.root, manifest.preprocessing, manifest.classes), partial(UnitWriter, store.run, device), store.is_committed, give_up,
-        manifest.threads, device, settings.address, settings.actors, crumb_of(store, settings.dataset),
+        manifest.threads, device, settings.address, settings.actors, crumb_of(store, settings.dataset), overlaps=True,
     )  # fmt: skip
     return run_units(work, todo, sum(unit.samples for unit in todo), census.samples)
 

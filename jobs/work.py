@@ -36,6 +36,7 @@ class Work:
     address: str | None
     actors: tuple[int, int] | None
     crumb: Path  # what it is at, where it is done in one process
+    overlaps: bool = False  # whether what `writer()` gives may be called for a second unit while it is at the first
 
 
 def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int | None = None) -> int:
@@ -51,7 +52,7 @@ def run_units(work: Work, todo: list[Unit], samples: int, total: int, cost: int 
     if crumb.deadly and cluster.in_this_process(address, work.actors, worth):
         say(f"{work.name}: this job has died {crumb.deaths} times at {printable(crumb.last)}: now Ray's processes do the work, and may die alone")
         address = "local"
-    workers = cluster.workers(work.decoder, work.writer, work.threads, work.device, address, work.actors, worth, crumb.at)
+    workers = cluster.workers(work.decoder, work.writer, work.threads, work.device, address, work.actors, worth, crumb.at, work.overlaps)
     with workers as stream, ProgressBar(work.name, total, total - samples) as bar:
         bar.waiting(stream.waiting)
         alone: list[Unit] = []

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
+from collections import deque
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,12 +35,26 @@ from pipeline.saliency.threads import have_threads
 from pipeline.store import MADE_BY, REJECTS, profiles_schema
 
 
+class Launched(NamedTuple):
+    """Rows of a batch that are computed at once: their places in the batch, [s̄, logits] float32 in memory of this process, and what tells that they are there (None: they are)."""
+
+    places: list[int]
+    results: tuple[torch.Tensor, ...]
+    done: torch.cuda.Event | None
+
+
+Batch = list[Launched]
+
+
 class Profiler:
-    """A run's network on one device. One a process: it sets the process's threads and precision, as run.json says."""
+    """A run's network on one device. One a process: it sets the process's threads and precision, as run.json says. Threads that profile a unit each take turns at the device: a unit's batches are begun one after the other."""
 
     def __init__(self, manifest: Manifest, network: torch.nn.Module, device: str):
         prepare_process(manifest.threads, manifest.precision)
         self.manifest, self.device = manifest, torch.device(device)
+        self.on_gpu = self.device.type == "cuda"
+        self.ahead = 1 if self.on_gpu else 0  # batches that are begun before the rows of an earlier one are made
+        self.turn = threading.RLock()  # of the thread that begins batches
         self.most = manifest.batch_size  # rows that fit into memory at once, as far as is known
         self.engine = make_engine(manifest.engine, network.to(self.device), manifest.aggregation)
 
@@ -56,23 +73,48 @@ class Profiler:
         return tuple(map(pa.concat_tables, zip(*self.parts(samples, shard, start))))
 
     def parts(self, samples: list[Sample], shard: str, start: int) -> Iterator[tuple[pa.Table, pa.Table]]:
-        """The same, batch by batch. Raises Stopped where this thread does not get those that compute with it."""
+        """The same, batch by batch. Raises Stopped where this thread does not get those that compute with it.
+
+        On a GPU the next batch is begun before the rows of this one are made, and the next unit before the last rows of this one: it never waits. Close what is given where it is not read to its end.
+        """
         have_threads(self.manifest.threads)
         shard = shard.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        for _, batch in groupby(range(len(samples)), lambda i: (start + i) // self.manifest.batch_size):
-            batch = list(batch)
-            reasons = {i: samples[i].reason for i in batch if samples[i].reason}
-            rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-            good = [i for i in batch if i not in reasons]
-            for shape in dict.fromkeys(samples[i].pixels.shape for i in good):
-                self._isolate(samples, start, [i for i in good if samples[i].pixels.shape == shape], rows, reasons)
-            rejects = [(samples[i].sample_id, shard, reasons[i]) for i in sorted(reasons)]
-            yield self._table([samples[i] for i in sorted(rows)], [rows[i] for i in sorted(rows)], shard), pa.table(list(zip(*rejects)) or [[], [], []], schema=REJECTS)
+        begun: deque[tuple[list[int], list]] = deque()
+        with self.turn:
+            for _, batch in groupby(range(len(samples)), lambda i: (start + i) // self.manifest.batch_size):
+                batch = list(batch)
+                begun.append((batch, self._begun(samples, start, batch)))
+                if len(begun) > self.ahead:
+                    yield self._rows(samples, shard, start, *begun.popleft())
+        while begun:
+            yield self._rows(samples, shard, start, *begun.popleft())
 
-    def _isolate(self, samples, start, chosen, rows, reasons) -> None:
+    def _begun(self, samples, start, batch) -> list[tuple[list[int], Batch | BaseException]]:
+        """The samples of a batch that can be profiled, those of one shape together, and what is begun of them, or why it was not."""
+        good, groups = [i for i in batch if not samples[i].reason], []
+        for shape in dict.fromkeys(samples[i].pixels.shape for i in good):
+            chosen = [i for i in good if samples[i].pixels.shape == shape]
+            try:
+                groups.append((chosen, self._launch(self._places(samples, start, chosen))))
+            except (Exception, SystemExit) as fault:
+                groups.append((chosen, fault))
+        return groups
+
+    def _rows(self, samples, shard, start, batch, groups) -> tuple[pa.Table, pa.Table]:
+        """(profiles, rejects) of a batch that was begun."""
+        reasons = {i: samples[i].reason for i in batch if samples[i].reason}
+        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for chosen, begun in groups:
+            self._isolate(samples, start, chosen, rows, reasons, begun)
+        rejects = [(samples[i].sample_id, shard, reasons[i]) for i in sorted(reasons)]
+        return self._table([samples[i] for i in sorted(rows)], [rows[i] for i in sorted(rows)], shard), pa.table(list(zip(*rejects)) or [[], [], []], schema=REJECTS)
+
+    def _isolate(self, samples, start, chosen, rows, reasons, begun: Batch | BaseException | None = None) -> None:
         """Profile a batch; where it raises, each half of it, down to the samples that are the cause."""
         try:
-            saliency, logits = self._batch({(start + i) % self.manifest.batch_size: samples[i] for i in chosen})
+            if isinstance(begun, BaseException):
+                raise begun
+            saliency, logits = self._results(begun or self._launch(self._places(samples, start, chosen)))
         except (Exception, SystemExit) as fault:  # a network is anybody's code
             if is_memory(fault) or is_device(fault) or isinstance(fault, OSError):
                 raise  # not even one image at a time fits, the GPU failed, or the system did; no sample is to blame
@@ -90,31 +132,48 @@ class Profiler:
             else:
                 rows[i] = saliency[row], logits[row]
 
-    def _batch(self, places: dict[int, Sample]) -> tuple[np.ndarray, np.ndarray]:
-        """(s̄ float32 [B, F], logits float32 [B, C]) of samples of one shape, each computed in its place (a row of the batch), `most` rows at a time."""
-        while True:
-            blocks = [list(block) for _, block in groupby(places, lambda row: row // self.most)]
-            try:
-                parts = [self._rows({row % self.most: places[row] for row in block}) for block in blocks]
-                return tuple(np.concatenate(part) for part in zip(*parts))
-            except Exception as fault:
-                if self.most == 1 or not is_memory(fault):
-                    raise
-            self.most = (self.most + 1) // 2  # out here, where the failed batch's tensors are let go
-            gc.collect()  # those that hold each other
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+    def _places(self, samples, start, chosen) -> dict[int, Sample]:
+        return {(start + i) % self.manifest.batch_size: samples[i] for i in chosen}
 
-    def _rows(self, places: dict[int, Sample]) -> tuple[np.ndarray, np.ndarray]:
+    def _launch(self, places: dict[int, Sample]) -> Batch:
+        """Samples of one shape, each computed in its place (a row of the batch), `most` rows at a time: begun, on a GPU, and not waited for."""
+        with self.turn:
+            while True:
+                blocks = [list(block) for _, block in groupby(places, lambda row: row // self.most)]
+                try:
+                    return [self._launch_rows({row % self.most: places[row] for row in block}) for block in blocks]
+                except Exception as fault:
+                    if self.most == 1 or not is_memory(fault):
+                        raise
+                self.most = (self.most + 1) // 2  # out here, where the failed batch's tensors are let go
+                gc.collect()  # those that hold each other
+                if self.on_gpu:
+                    torch.cuda.empty_cache()
+
+    def _launch_rows(self, places: dict[int, Sample]) -> Launched:
         """The same, of rows that are computed at once."""
         filler = next(iter(places.values()))
         padded = [places.get(row, filler) for row in range(self.most)]
-        pixels = torch.from_numpy(np.stack([s.pixels for s in padded])).to(self.device)
-        labels = torch.tensor([s.label for s in padded], device=self.device)
+        pixels = torch.empty(self.most, *filler.pixels.shape, dtype=torch.uint8, pin_memory=self.on_gpu)
+        np.stack([s.pixels for s in padded], out=pixels.numpy())
+        labels = torch.tensor([s.label for s in padded], pin_memory=self.on_gpu)
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.manifest.precision == "bf16" else contextlib.nullcontext()
         with bf16:
-            result = self.engine(self.manifest.preprocessing.normalise(pixels), labels)
-        return tuple(t[list(places)].float().cpu().numpy() for t in result)
+            result = self.engine(self.manifest.preprocessing.normalise(pixels.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True))
+        if not self.on_gpu:
+            return Launched(list(places), tuple(t.float() for t in result), None)
+        back = tuple(torch.empty(t.shape, pin_memory=True).copy_(t, non_blocking=True) for t in result)
+        done = torch.cuda.Event(blocking=True)
+        done.record()
+        return Launched(list(places), back, done)
+
+    @staticmethod
+    def _results(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """(s̄ float32 [B, F], logits float32 [B, C]) of what was launched, once it is there."""
+        for launched in batch:
+            if launched.done:
+                launched.done.synchronize()
+        return tuple(np.concatenate([t.numpy()[launched.places] for t, launched in zip(part, batch)]) for part in zip(*(launched.results for launched in batch)))
 
     def _table(self, samples: list[Sample], rows: list[tuple[np.ndarray, np.ndarray]], shard: str) -> pa.Table:
         schema = profiles_schema(self.manifest.layers.total).with_metadata({MADE_BY: self.manifest.fingerprint})

@@ -88,8 +88,10 @@ class Preprocessing:
 
     def normalise(self, pixels):
         """torch uint8 [B, H, W, 3] -> float32 [B, 3, H, W], on the device that holds it."""
+        import torch
+
         images = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
-        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, dtype=images.dtype).view(1, 3, 1, 1).to(images.device, non_blocking=True) for v in (self.mean, self.std))  # a GPU is not waited for
         return images.sub_(mean).div_(std)
 
 

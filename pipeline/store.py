@@ -26,6 +26,7 @@ from pipeline.units import Unit, apart, interval_of, plan, shard_stem
 REJECTS = pa.schema([("sample_id", pa.string()), ("shard", pa.string()), ("reason", pa.string())])
 
 FORMAT = {"compression": "zstd", "write_page_checksum": True}
+SALIENCY = {"use_dictionary": ["label", "prediction", "shard"], "use_byte_stream_split": ["saliency.list.element"]}  # of floats no two are the same: split into streams of their first bytes, their second ones and so on, they pack smaller, and sooner
 ROW_GROUP = 8 << 20  # bytes of profiles that are written at a time, while the next are computed
 MADE_BY, MADE_OF = b"run", b"shard"  # in the metadata of a profiles file: the fingerprint of the run that made it, and the version of the shard that it was made of
 
@@ -287,21 +288,24 @@ def _noting(parts: Iterable[tuple[pa.Table, pa.Table]], aside: list[pa.Table], v
 
 
 def _write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
-    """One Parquet file of tables, one after the other as they come, at least one. `ROW_GROUP` bytes of them at a time are written beside the caller, who makes the next meanwhile."""
-    waiting, writing, file = [], None, None
+    """One Parquet file of tables, one after the other as they come, at least one. `ROW_GROUP` bytes of them at a time are written beside the caller, who makes the next meanwhile and does not wait."""
+    waiting, writes, file = [], [], None
     try:
         with ThreadPoolExecutor(1) as beside:
-            for table in tables:
-                file = file or pq.ParquetWriter(path, table.schema, **FORMAT)
-                waiting.append(table)
-                if sum(t.nbytes for t in waiting) >= ROW_GROUP:
-                    if writing:
-                        writing.result()
-                    waiting, writing = [], beside.submit(file.write_table, pa.concat_tables(waiting), 1024)
-            if writing:
-                writing.result()
-            if waiting and (not writing or any(map(len, waiting))):
-                file.write_table(pa.concat_tables(waiting), 1024)
+            try:
+                for table in tables:
+                    file = file or pq.ParquetWriter(path, table.schema, **FORMAT, **SALIENCY)
+                    waiting.append(table)
+                    if sum(t.nbytes for t in waiting) >= ROW_GROUP:
+                        [write.result() for write in writes if write.done()]
+                        writes.append(beside.submit(file.write_table, pa.concat_tables(waiting), 1024))
+                        waiting = []
+                [write.result() for write in writes]
+                if waiting and (not writes or any(map(len, waiting))):
+                    file.write_table(pa.concat_tables(waiting), 1024)
+            except BaseException:
+                [write.cancel() for write in writes]
+                raise
         file.close()
     except BaseException:
         if file:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class Decoder:
 
 
 class UnitWriter:
-    """Profiles decoded units on one device and commits them."""
+    """Profiles decoded units on one device and commits them. Threads may call it for a unit each: their batches take turns at the device, and nothing else waits."""
 
     def __init__(self, run: Path, device: str):
         from pipeline.profiler import Profiler
@@ -90,7 +91,8 @@ class UnitWriter:
         if not fault and not self.store.is_committed(unit):  # it is, where only its receipt was lost
             try:
                 self._stat()
-                rejects = self.store.commit(unit, self._parts(unit, decoded))
+                with closing(self._parts(unit, decoded)) as parts:
+                    rejects = self.store.commit(unit, parts)
             except OSError as error:
                 fault, refused = f"{printable(error.filename or self.store.run)} cannot be written: {printable(error.strerror or error)}", True
             except Exception as error:
@@ -102,10 +104,10 @@ class UnitWriter:
 
     def _parts(self, unit: Unit, decoded: pa.Table) -> Iterator[tuple[pa.Table, pa.Table]]:
         reach("profile", unit)
-        parts = self.profiler.parts(_unpack(decoded), unit.shard, unit.start)
-        while part := _next(parts):
-            self._stat()
-            yield part
+        with closing(self.profiler.parts(_unpack(decoded), unit.shard, unit.start)) as parts:
+            while part := _next(parts):
+                self._stat()
+                yield part
         reach("profiled", unit)
         self._stat()
 

@@ -1,6 +1,10 @@
 """A unit's rows: right, in order, bit-equal however the shard was cut; and a sample that fails takes no other with it."""
 
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -91,9 +95,12 @@ class Picky(torch.nn.Module):
         return self.linear(torch.relu(self.conv(x)).mean((2, 3))) + torch.where(first < -2, torch.nan, 0.0)[:, None]
 
 
-def picky(batch_size: int = 4) -> Profiler:
+def picky(batch_size: int = 4, ahead: int = 0) -> Profiler:
+    """ahead: as on a GPU, where the next batch is begun before the rows of this one are made."""
     network = Picky().eval()
-    return Profiler(replace(MANIFEST, layers=FilterLayout.of(network), preprocessing=RECIPE, classes=zoo.CLASSES, batch_size=batch_size), network, "cpu")
+    profiler = Profiler(replace(MANIFEST, layers=FilterLayout.of(network), preprocessing=RECIPE, classes=zoo.CLASSES, batch_size=batch_size), network, "cpu")
+    profiler.ahead = ahead
+    return profiler
 
 
 def with_corners(samples: list[Sample], corners: list[int]) -> list[Sample]:
@@ -104,11 +111,15 @@ def with_corners(samples: list[Sample], corners: list[int]) -> list[Sample]:
     return changed
 
 
-def test_sample_that_fails_is_set_aside_alone():
+AHEAD = pytest.mark.parametrize("ahead", [0, 1], ids=["batch by batch", "one ahead"])
+
+
+@AHEAD
+def test_sample_that_fails_is_set_aside_alone(ahead):
     """The rows of the others are those of a run in which it did not fail; its reason is safe to print."""
     samples = with_corners(samples_of(11), [100, 255, 100, 0, 100, 255, 255, 100, 100, 0, 100])
     samples[7] = Sample("07", reason="no label")
-    table, rejects = picky().profile(samples, "a.tar", 0)
+    table, rejects = picky(ahead=ahead).profile(samples, "a.tar", 0)
     assert list(zip(rejects["sample_id"].to_pylist(), rejects["reason"].to_pylist())) == [
         ("01", "the network fails on it: too\\x1b[2J bright"),
         ("03", "the network's output for it is not finite"),
@@ -157,11 +168,12 @@ def short_of_memory(profiler: Profiler, most: int, fault: Exception) -> list[int
 
 
 @pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")], ids=["CUDA", "cuDNN", "CPU"])
+@AHEAD
 @pytest.mark.parametrize("most, tried", [(4, [8, 4, 4, 4]), (3, [8, 4, 2, 2, 2, 2, 2, 2]), (1, [8, 4, 2, *[1] * 11])])
-def test_a_batch_that_does_not_fit_is_halved(most, tried, fault):
+def test_a_batch_that_does_not_fit_is_halved(most, tried, fault, ahead):
     """And goes on, for all that follows: every sample is there, none set aside, the numbers those of the whole batch, and the run's batch size what it was."""
     samples = with_corners(samples_of(11), [100] * 11)
-    whole, profiler = picky(8).profile(samples, "a.tar", 0)[0], picky(8)
+    whole, profiler = picky(8).profile(samples, "a.tar", 0)[0], picky(8, ahead)
     seen = short_of_memory(profiler, most, fault)
     table, rejects = profiler.profile(samples, "a.tar", 0)
     assert rejects.num_rows == 0 and seen == tried and profiler.manifest.batch_size == 8
@@ -179,6 +191,31 @@ def test_rows_of_halves_follow_from_their_positions():
     whole, rejects = one.profile(samples, "a.tar", 0)
     parts = pa.concat_tables(two.profile(samples[a:b], "a.tar", a)[0] for a, b in ((0, 3), (3, 7), (7, 11)))
     assert whole == parts and rejects["sample_id"].to_pylist() == ["02"]
+
+
+def test_threads_with_a_unit_each_take_turns():
+    """The numbers are those of a unit alone, a sample that fails is set aside in the midst of them, and a thread that gives up in the midst of its unit is in nobody's way."""
+    units = [with_corners(samples_of(11), [100, 255, *[100] * 9]) for _ in range(6)]
+    alone, rejects = picky().profile(units[0], "a.tar", 0)
+    profiler = picky(ahead=1)
+    engine, used = profiler.engine, []
+
+    def watched(images, labels):
+        used.append(threading.get_ident())
+        time.sleep(0.002)
+        return engine(images, labels)
+
+    def profile(turn: int):
+        if turn % 3 == 0:
+            with closing(profiler.parts(units[turn], "a.tar", 0)) as parts:
+                return next(parts)
+        return profiler.profile(units[turn], "a.tar", 0)
+
+    profiler.engine = watched
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(profile, range(6)))
+    assert all(found[i] == (alone, rejects) for i in (1, 2, 4, 5)) and all(found[i][0] == alone.slice(0, 3) for i in (0, 3))
+    assert len(set(used)) > 1
 
 
 def test_images_of_several_sizes_share_a_unit():

@@ -94,7 +94,7 @@ def test_a_job_that_died_twice_at_the_same_unit_is_done_by_processes_of_their_ow
             crumb.write_text(json.dumps({"at": "a-00000000-00000001", "deaths": deaths}))
 
         @contextmanager
-        def workers(decoder, writer, threads, device, address, actors, samples, at):
+        def workers(decoder, writer, threads, device, address, actors, samples, at, overlaps):
             where.append(address)
             with at("a-00000000-00000001"):
                 assert json.loads(crumb.read_text())["deaths"] == deaths + 1

@@ -71,7 +71,7 @@ class Replays:
         torch.cuda.empty_cache()  # what earlier batches used, which a recording cannot use again
         gc.disable()  # an earlier graph that is collected now would break the recording off
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):  # another thread may be waiting for an earlier batch
                 results = _computed(compute, autocast, places)
         finally:
             if collects:
