@@ -81,6 +81,19 @@ def test_a_shard_that_breaks_during_the_job_stops_it_after_the_rest(folder):
     assert rows(run)["sample_id"] == [f"{i:05d}" for i in range(24)]
 
 
+def test_no_unit_waits_behind_a_slow_engine(folder):
+    """One of two holds its unit until all others are done; a unit that Ray had given to it in advance would never be."""
+    source, run = folder / "even", folder / "straggled-run"
+    for i in range(8):
+        touchy(source / f"{i}.tar", 2, 2 * i)
+    command = ["extract", "--run", run, "--dataset", "val", "--source", source, "--model", "networks:Straggler"]
+    assert finished(folder, *command, "--max-samples", 2)[0] == 0
+    code, stderr = finished(folder, *command, "--address", "local", "--actors", 2, seconds=180, env={"STRAGGLER": str(run), "ENOUGH": "7"})
+    assert code == 0, stderr
+    assert (run / "first").exists() and not (run / "in-vain").exists()
+    assert rows(run)["sample_id"] == [f"{i:05d}" for i in range(16)]
+
+
 def test_an_engine_that_cannot_start_ends_the_job(folder):
     """Weights of the run that were damaged: said in one to three lines, in bounded time."""
     source, run = folder / "plain", folder / "plain-run"
