@@ -221,11 +221,19 @@ def _see_family() -> None:
 
 
 def _end_family() -> None:
-    """SIGKILL to all that this process has started, and to what lost its parent, a raylet, before."""
+    """SIGKILL to all that this process has started, and to what lost its parent, a raylet, before.
+
+    To servers last and all at once: Ray's core ends this process with 1 as soon as it misses one, and the caller ends it first.
+    """
     _see_family()
+    workers, servers = [], []
     for process in list(family):  # another thread may still be looking
-        with suppress(psutil.Error):  # which knows a process by its time of birth too, and kills no other
-            process.kill()
+        with suppress(psutil.Error):
+            if process.is_running():  # psutil knows a process by its time of birth too, and takes no other for it
+                (servers if process.name() in SERVERS else workers).append(process.pid)
+    for pid in [*workers, *servers]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _reason(fault: Exception) -> str:
