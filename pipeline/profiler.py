@@ -7,7 +7,7 @@ with a row of its own a sample is bit-equal however a unit was cut, retried or r
 Where a batch does not fit into the device's memory, it is computed in halves, quarters and so on, `most` rows at a time, and so are all later ones of
 this process; run.json's batch size stays. Row r of the batch is then row r mod `most` of a smaller one: its numbers are the same up to what the
 device's matrix products round otherwise for another number of rows (bit-equal where they do not, as for most networks on a CPU; about 1e-6 where they do). A sample's
-row still follows from its position alone, so two devices of the same memory agree bit for bit.
+row still follows from its position alone, so another process cuts it alike.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def gpu() -> dict[str, str]:
             beside.append(f"| {name} | {precision}, {step['batch_size']} | {step['images_per_s']:,.0f} | {folded['ratio_to_step']:.2f} | {guess[name]['fused']:.2f} | {fused['ratio_to_step']:.2f} | {fused['images_per_s']:,.0f} | {peak} |")
     layers = ["| layer, 128 images | bf16: its summed gradient | filter saliency | tf32 | | fp32 | |", "|---|---:|---:|---:|---:|---:|---:|"]
     for network, layer in dict.fromkeys((row["network"], row["layer"]) for row in data["layers"]):
-        cells = [cell for row in data["layers"] if (row["network"], row["layer"]) == (network, layer) for cell in (f"{row['summed_gradient_us']:,} us", f"{min(row['by_tile_us'].values()):,.0f} us")]
+        cells = [cell for row in data["layers"] if (row["network"], row["layer"]) == (network, layer) for cell in (f"{row['summed_gradient_us']:,.0f} us", f"{row['filter_saliency_us']:,.0f} us")]
         layers.append(f"| {network}: {layer} | " + " | ".join(cells) + " |")
     recall = ["| network, images (errors) | precision | recall of 10 neighbours | error of a sample's s̄: median | 90% | predictions changed | images/s |", "|---|---|---:|---:|---:|---:|---:|"]
     for row in data["recall"]:
@@ -196,9 +196,19 @@ def gpu() -> dict[str, str]:
     peers = ["| network, batch | step, images/s | " + " | ".join(shown) + " | memory of fused over the step's | of the leanest peer in a batch |", "|---|---:|" + "---:|" * (len(shown) + 2)]
     for name in dict.fromkeys(row["model"] for row in data["peers"]):
         step = timed[name, "step"]
-        leanest = min(timed[name, e]["peak_bytes"] for e in shown if e not in ("fused", "loop")) / step["peak_bytes"]
-        peers.append(f"| {name}, {step['batch_size']} | {step['images_per_s']:,.0f} | " + " | ".join(f"{timed[name, e]['ratio_to_step']:.2f}" for e in shown) + f" | {timed[name, 'fused']['peak_bytes'] / step['peak_bytes']:.2f} | {leanest:.2f} |")
-    return {"gpu": "\n".join(beside), "gpu-peers": "\n".join(peers), "gpu-layers": "\n".join(layers), "gpu-recall": "\n".join(recall)}
+        leanest = min(timed[name, e]["peak_bytes"] for e in shown if e not in ("fused", "loop") and (name, e) in timed) / step["peak_bytes"]
+        peers.append(f"| {name}, {step['batch_size']} | {step['images_per_s']:,.0f} | " + " | ".join(f"{timed[name, e]['ratio_to_step']:.2f}" if (name, e) in timed else "not tried" for e in shown) + f" | {timed[name, 'fused']['peak_bytes'] / step['peak_bytes']:.2f} | {leanest:.2f} |")
+    batches = list(dict.fromkeys(row["batch_size"] for row in data["sizes"]))
+    sizes = ["| network | precision | " + " | ".join(f"batch of {size}" for size in batches) + " |", "|---|---|" + "---:|" * len(batches)]
+    for name, precision in dict.fromkeys((row["model"], row["precision"]) for row in data["sizes"]):
+        cells = [f"{row['ratio_to_step']:.2f} ({row['images_per_s']:,.0f})" for row in data["sizes"] if (row["model"], row["precision"], row["engine"]) == (name, precision, "fused")]
+        sizes.append(f"| {name} | {precision} | " + " | ".join(cells) + " |")
+    line = ["| what | measured | beside | | ratio |", "|---|---:|---|---:|---:|"]
+    for row in data["line"]:
+        floor = f"{row['beside']} | {_short(row['floor'])} {row['unit']} | {row['ratio']:.2f}" if row["floor"] is not None else " | | "
+        line.append(f"| {row['what']} | {_short(row['value'])} {row['unit']} | {floor} |")
+    tables = {"gpu-sizes": sizes, "gpu-line": line}
+    return {name: "\n".join(rows) for name, rows in tables.items()} | {"gpu": "\n".join(beside), "gpu-peers": "\n".join(peers), "gpu-layers": "\n".join(layers), "gpu-recall": "\n".join(recall)}
 
 
 def process() -> str:
