@@ -143,9 +143,10 @@ def case_without_run(path: Path, label: int, model: str, weights: str | None, pr
     import torch
 
     from pipeline import models
-    from pipeline.saliency import check_network
+    from pipeline.saliency import check_network, prepare_process
 
     say(f"loading {printable(model)}")
+    prepare_process(cluster.threads_of_an_engine(), "fp32")
     classifier = models.load(model, weights, preprocess)
     layout = FilterLayout.of(classifier.network)
     if statistics.suffix == ".parquet":

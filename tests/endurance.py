@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 from PIL import Image
 
 from test_memory import NETWORK
@@ -30,6 +31,7 @@ NODES, STORE_MIB = 4, 80
 SIDE, EACH, SHARDS = 512, 64, 120  # a unit is EACH images of SIDE x SIDE pixels
 SOAK, SOAK_SHARD = 300_000, 10_000  # images of 32 x 32, and of a shard
 PAUSE = 2.0  # seconds between two looks
+NAP = 0.3  # seconds that a batch of the nodes' network takes at least: engines are what the job waits for, as with a network that is worth it
 
 
 def tree(process: psutil.Process) -> list[psutil.Process]:
@@ -53,7 +55,7 @@ def held(processes: list[psutil.Process]) -> tuple[float, int]:
 
 
 def nodes() -> None:
-    """`SHARDS` units, 50 MB each when decoded, over four stores of 80 MiB; a node is killed at a third and replaced, an engine is killed at two thirds."""
+    """`SHARDS` units, 50 MB each when decoded, over four stores of 80 MiB; a node with an engine is killed at a third, another joins at half, an engine is killed at two thirds."""
     from ray.cluster_utils import Cluster
 
     from jobs.chaos.ground import _family
@@ -61,7 +63,7 @@ def nodes() -> None:
     from shards import encoded, write_tar
 
     work = Path(tempfile.mkdtemp(prefix="fl-"))
-    (work / "network.py").write_text(NETWORK)
+    (work / "network.py").write_text(NETWORK + f"\n\nclass Slow(Tiny):\n    def forward(self, x):\n        __import__('time').sleep({NAP})\n        return super().forward(x)\n")
     for shard in range(SHARDS):
         members = []
         for i in range(EACH):
@@ -74,30 +76,32 @@ def nodes() -> None:
     alive = {"head": cluster.head_node} | {f"node {i}": cluster.add_node(**args) for i in range(2, NODES + 1)}
     run, looks, events, start = work / "run", [], [], time.monotonic()
     committed = lambda: len(list((run / "profiles/val").glob("*.parquet")))  # noqa: E731
-    job = Job(work, "extract", "--run", run, "--dataset", "val", "--source", work / "shards", "--model", "network:Tiny", "--batch-size", 8, "--address", cluster.address, "--actors", f"2-{NODES}")
+    job = Job(work, "extract", "--run", run, "--dataset", "val", "--source", work / "shards", "--model", "network:Slow", "--batch-size", 8, "--address", cluster.address, "--actors", f"2-{NODES}")
     try:
         while job.process.poll() is None:
             done, now = committed(), time.monotonic() - start
-            look = {"seconds": round(now, 1), "units": done, "driver": round(held([job.process])[0], 1)}
+            look, families = {"seconds": round(now, 1), "units": done, "driver": round(held([job.process])[0], 1)}, {}
             for name, node in alive.items():
-                family = [p for info in node.all_processes.get("raylet", []) for p in _family(info.process.pid)]
-                look[name] = round(held(family)[0], 1)
-            looks.append(look)
-            if done >= SHARDS // 3 and not events:
-                node = alive.pop("node 4")
-                for p in [p for info in node.all_processes.get("raylet", []) for p in _family(info.process.pid)]:
+                families[name] = [p for info in node.all_processes.get("raylet", []) for p in _family(info.process.pid)]
+                look[name] = round(held(families[name])[0], 1)
+            engines = {name: titled(family, "_Writer") for name, family in families.items()}
+            looks.append(look | {"engines": sum(map(len, engines.values()))})
+            if done >= SHARDS // 3 and not events and (name := next((n for n in reversed(engines) if n != "head" and engines[n]), None)):
+                node = alive.pop(name)
+                for p in families[name]:
                     p.kill()
                 cluster.remove_node(node, allow_graceful=False)
-                events.append({"seconds": round(now, 1), "what": "node 4 killed"})
+                events.append({"seconds": round(now, 1), "what": f"{name} killed"})
             elif done >= SHARDS // 2 and len(events) == 1:
                 alive["node 5"] = cluster.add_node(**args)
                 events.append({"seconds": round(now, 1), "what": "node 5 joins"})
             elif done >= 2 * SHARDS // 3 and len(events) == 2:
-                engine = next((p for p in psutil.Process().children(recursive=True) if "_Writer" in " ".join(p.cmdline())), None)
-                if engine:
+                if engine := next((e for family in engines.values() for e in family), None):
                     engine.kill()
                     events.append({"seconds": round(now, 1), "what": "an engine killed"})
             time.sleep(PAUSE)
+        ids = [i for folder in ("profiles", "rejects") for file in (run / folder / "val").glob("*.parquet") for i in pq.ParquetFile(file).read(["sample_id"])["sample_id"].to_pylist()]
+        assert sorted(ids) == sorted(f"{shard:03d}/{i:02d}" for shard in range(SHARDS) for i in range(EACH)), "not every sample is there exactly once"
         found = {
             "nodes": NODES, "store_mib": STORE_MIB, "decoded_mib": round(SHARDS * EACH * SIDE * SIDE * 3 / 2**20), "samples": SHARDS * EACH, "exit_code": job.process.poll(),
             "seconds": round(time.monotonic() - start, 1), "said": job.stderr().strip().splitlines()[-1], "events": events, "looks": looks,
@@ -170,7 +174,7 @@ def draw() -> None:
             continue
         found = json.loads((DATA / f"{name}.json").read_text())
         figure, axes = pyplot.subplots(figsize=(8, 3.4), layout="constrained")
-        lines = dict.fromkeys(key for look in found["looks"] for key in look if key not in ("seconds", "units") and "handles" not in key)
+        lines = dict.fromkeys(key for look in found["looks"] for key in look if key not in ("seconds", "units", "engines") and "handles" not in key)
         for i, key in enumerate(lines):
             looks = [look for look in found["looks"] if key in look]
             axes.plot([look["seconds"] for look in looks], [look[key] for look in looks], label=key, color=str(0.12 * i), linestyle=["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))][i % 5])
@@ -205,9 +209,9 @@ def tables() -> dict[str, str]:
         for key in lines:
             looks = [look for look in run["looks"] if key in look]
             most = max(look["units"] for look in run["looks"])
-            at = [next((look for look in looks if look["units"] >= share * most), None) for share in (0.25, 0.5, 0.75)]
-            unit = "" if "handles" in key else " MiB"
-            rows.append(f"| {key} | " + " | ".join("" if look is None else f"{look[key]:.0f}{unit}" for look in at) + f" | {max(look[key] for look in looks):.0f}{unit} |")
+            at = [next(look for look in run["looks"] if look["units"] >= share * most) for share in (0.25, 0.5, 0.75)]
+            unit = "" if "handles" in key or key == "engines" else " MiB"
+            rows.append(f"| {key} | " + " | ".join(f"{look[key]:.0f}{unit}" if key in look else "" for look in at) + f" | {max(look[key] for look in looks):.0f}{unit} |")
         found[name] = "\n".join(rows)
     return found
 
