@@ -4,7 +4,7 @@ Every batch has the run's batch size, padded where samples are missing, and a sa
 shard alone. Its numbers do not depend on who shares its batch, but a matrix product may round a row by where it lies in memory:
 with a row of its own a sample is bit-equal however a unit was cut, retried or resumed.
 
-Where a batch does not fit into the device's memory, it is computed in halves, quarters and so on, `most` rows at a time, and so are all later ones of
+Where a batch does not fit into a GPU's memory, it is computed in halves, quarters and so on, `most` rows at a time, and so are all later ones of
 this process; run.json's batch size stays. Row r of the batch is then row r mod `most` of a smaller one: its numbers are the same up to what the
 device's matrix products round otherwise for another number of rows (bit-equal where they do not, as for most networks on a CPU; about 1e-6 where they do). A sample's
 row still follows from its position alone, so another process cuts it alike.
@@ -53,6 +53,7 @@ class Profiler:
         prepare_process(manifest.threads, manifest.precision)
         self.manifest, self.device = manifest, torch.device(device)
         self.on_gpu = self.device.type == "cuda"
+        self.halves = self.on_gpu  # a CPU's bits are promised: there the unit waits until the memory is free again
         self.ahead = 1 if self.on_gpu else 0  # batches that are begun before the rows of an earlier one are made
         self.turn = threading.RLock()  # of the thread that begins batches
         self.most = manifest.batch_size  # rows that fit into memory at once, as far as is known
@@ -96,7 +97,9 @@ class Profiler:
             chosen = [i for i in good if samples[i].pixels.shape == shape]
             try:
                 groups.append((chosen, self._launch(self._places(samples, start, chosen))))
-            except (Exception, SystemExit) as fault:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as fault:
                 groups.append((chosen, fault))
         return groups
 
@@ -115,7 +118,9 @@ class Profiler:
             if isinstance(begun, BaseException):
                 raise begun
             saliency, logits = self._results(begun or self._launch(self._places(samples, start, chosen)))
-        except (Exception, SystemExit) as fault:  # a network is anybody's code
+        except KeyboardInterrupt:
+            raise
+        except BaseException as fault:  # a network is anybody's code
             if is_memory(fault) or is_device(fault) or isinstance(fault, OSError):
                 raise  # not even one image at a time fits, the GPU failed, or the system did; no sample is to blame
             if len(chosen) == 1:
@@ -143,7 +148,7 @@ class Profiler:
                 try:
                     return [self._launch_rows({row % self.most: places[row] for row in block}) for block in blocks]
                 except Exception as fault:
-                    if self.most == 1 or not is_memory(fault):
+                    if not self.halves or self.most == 1 or not is_memory(fault):
                         raise
                 self.most = (self.most + 1) // 2  # out here, where the failed batch's tensors are let go
                 gc.collect()  # those that hold each other

@@ -133,11 +133,21 @@ def test_sample_that_fails_is_set_aside_alone(ahead):
     assert table_rows(table) == {name: good[name] for name in table["sample_id"].to_pylist()}
 
 
-def test_a_network_that_asks_to_exit_fails_like_any_other(monkeypatch):
-    profiler, engine = picky(), picky().engine
-    monkeypatch.setattr(profiler, "engine", lambda images, labels: sys.exit(3) if (images[:, 0, 0, 0] > 2).any() else engine(images, labels))
+@AHEAD
+@pytest.mark.parametrize("fault, reason", [(SystemExit(3), "3"), (GeneratorExit(), "GeneratorExit"), (BaseException("of its own"), "of its own")], ids=["exit", "generator", "own"])
+def test_a_network_that_asks_to_exit_fails_like_any_other(monkeypatch, fault, reason, ahead):
+    profiler, engine = picky(ahead=ahead), picky().engine
+    monkeypatch.setattr(profiler, "engine", lambda images, labels: (_ for _ in ()).throw(fault) if (images[:, 0, 0, 0] > 2).any() else engine(images, labels))
     table, rejects = profiler.profile(with_corners(samples_of(3), [100, 255, 100]), "a.tar", 0)
-    assert table["sample_id"].to_pylist() == ["00", "02"] and rejects["reason"].to_pylist() == ["the network fails on it: 3"]
+    assert table["sample_id"].to_pylist() == ["00", "02"] and rejects["reason"].to_pylist() == [f"the network fails on it: {reason}"]
+
+
+@AHEAD
+def test_ctrl_c_is_no_samples_fault(monkeypatch, ahead):
+    profiler = picky(ahead=ahead)
+    monkeypatch.setattr(profiler, "engine", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        profiler.profile(samples_of(3), "a.tar", 0)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +163,9 @@ def test_what_the_machine_does_is_no_samples_fault(monkeypatch, fault):
         profiler.profile(samples_of(3), "a.tar", 0)
 
 
-def short_of_memory(profiler: Profiler, most: int, fault: Exception) -> list[int]:
-    """A device on which more than `most` images do not fit; returns the sizes of the batches that were tried."""
-    tried, engine = [], profiler.engine
+def short_of_memory(profiler: Profiler, most: int, fault: Exception, halves: bool = True) -> list[int]:
+    """A device on which more than `most` images do not fit, and which, as a GPU is, is given halves then; returns the sizes of the batches that were tried."""
+    tried, engine, profiler.halves = [], profiler.engine, halves
 
     def small(images, labels):
         tried.append(len(images))
@@ -179,6 +189,17 @@ def test_a_batch_that_does_not_fit_is_halved(most, tried, fault, ahead):
     assert rejects.num_rows == 0 and seen == tried and profiler.manifest.batch_size == 8
     assert table.drop(["saliency", "loss", "label_confidence", "prediction_confidence"]) == whole.drop(["saliency", "loss", "label_confidence", "prediction_confidence"])
     np.testing.assert_allclose(saliency_of(table), saliency_of(whole), rtol=1e-5)
+
+
+def test_on_a_cpu_a_batch_that_does_not_fit_is_not_done_otherwise():
+    """Halves would be rounded otherwise by some networks, and bits are promised there: nothing is set aside, and what comes once the memory is free again are whole batches."""
+    samples, whole = with_corners(samples_of(11), [100] * 11), picky(8).profile(with_corners(samples_of(11), [100] * 11), "a.tar", 0)
+    profiler = picky(8)
+    engine, tried = profiler.engine, short_of_memory(profiler, 4, MemoryError(), picky().halves)
+    with pytest.raises(MemoryError):
+        profiler.profile(samples, "a.tar", 0)
+    profiler.engine = engine
+    assert tried == [8] and profiler.profile(samples, "a.tar", 0) == whole
 
 
 def test_rows_of_halves_follow_from_their_positions():
