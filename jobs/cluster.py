@@ -36,7 +36,7 @@ SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless o
 DECODE_CPUS = 0.5  # that a decode task reserves
 PATIENCE = "FAULTLINE_PATIENCE"  # seconds without a finished unit, once there was one, after which the workers are believed to hang
 SLOWEST = 20  # and never fewer than so many times the longest pause so far
-GPU_UNITS = 2  # of an engine at once: one is written, and the next unpacked, while the GPU computes the other
+GPU_UNITS = 2  # that an engine has at a time: one is written, and the next unpacked, while the GPU computes the other
 ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
 
 
@@ -112,8 +112,7 @@ def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str,
         yield Stream(partial(_here, decoder, make_writer(), at), "starting in this process (small work; --address local starts Ray)")
         return
     ray = servers.start(address)
-    at_once = GPU_UNITS if overlaps and device == "cuda" else 1
-    yield Stream(lambda units, attempts: _stream(ray, decoder, make_writer, threads, device, actors, at_once, units, attempts), "waiting for the first unit: Ray's workers are starting (half a minute or so)")
+    yield Stream(lambda units, attempts: _stream(ray, decoder, make_writer, threads, device, actors, overlaps, units, attempts), "waiting for the first unit: Ray's workers are starting (half a minute or so)")
 
 
 def _here(decoder: Decode, write: Callable[[pa.Table], Receipt], at: At, units: list[Unit], attempts: int) -> Iterator[Receipt]:
@@ -123,8 +122,8 @@ def _here(decoder: Decode, write: Callable[[pa.Table], Receipt], at: At, units: 
         yield receipt
 
 
-def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device: str, actors: tuple[int, int] | None, at_once: int, units: list[Unit], attempts: int) -> Iterator[Receipt]:
-    """Receipts of `units` from Ray Data, of which each engine has `at_once` at a time. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
+def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device: str, actors: tuple[int, int] | None, overlaps: bool, units: list[Unit], attempts: int) -> Iterator[Receipt]:
+    """Receipts of `units` from Ray Data. Each engine has one at a time, on a GPU `GPU_UNITS`. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
 
     Raises Stopped if no worker can be started at all, Hung if none comes back for long.
     """
@@ -134,9 +133,10 @@ def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device:
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     least, most = actors or (max(1, gpus if device == "cuda" else cpus // max(ENGINE_THREADS, threads)),) * 2
     most = min(most, len(units))
+    each = GPU_UNITS if device == "cuda" else 1
     pool = ActorPoolStrategy(
-        min_size=min(least, most), max_size=most, max_tasks_in_flight_per_actor=at_once, max_concurrent_calls_per_actor=at_once, enable_true_multi_threading=True
-    )  # none waits behind another: at the end of a job it would wait there for the slowest engine, while others are done
+        min_size=min(least, most), max_size=most, max_tasks_in_flight_per_actor=each, max_concurrent_calls_per_actor=each if overlaps else 1, enable_true_multi_threading=True
+    )  # on a CPU none waits behind another: at the end of a job it would wait there for the slowest engine, while others are done
     largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
     where = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": cpus_of_an_engine(min(threads, largest), most, cpus)}
 
