@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,8 +14,9 @@ import pytest
 import tiny
 
 from jobs.chaos.campaign import figures, kind_of, one, read_records
-from jobs.chaos.ground import Ground, cut
+from jobs.chaos.ground import Ground, SmallDisk, cut
 from jobs.chaos.kinds import KINDS
+from jobs.chaos.processes import SHORT
 from jobs.chaos.rounds import Record, Round
 from jobs.chaos import rounds as rounds_module
 from pipeline import failpoints
@@ -36,6 +41,29 @@ def test_a_handful_of_rounds_leaves_every_sample_once_and_right(tmp_path):
     ended = tiny.process(*words, "--rounds", 3)
     assert ended.code == 0 and ended.err == "" and ended.json["rounds"] == 3, "what is done is free"
     assert "other" in tiny.process(*words, "--rounds", 5, "--seed", 4).refused()
+
+
+def test_what_a_killed_campaign_left_is_put_right(tmp_path, monkeypatch):
+    """A shard that was altered when it died, a small disk of a round, Ray's files of its jobs: none is in the way of the next, and no later round is told that samples are lost."""
+    monkeypatch.setenv(failpoints.VARIABLE, str(tmp_path / "failpoints"))
+    ground, ray = Ground(tmp_path), Path(tempfile.mkdtemp(prefix="fl-", dir=SHORT))
+    for folder in ("shards", "failpoints", "reference/experiments/prune", "round-00003"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "reference/experiments/prune/summary.json").touch()  # the undisturbed run is there
+    (tmp_path / "round-00003" / f"{ray.name}.err").touch()
+    shard, disk = tmp_path / "shards/val-005.tar", SmallDisk(tmp_path / "round-00003/disk", 600)
+    shard.write_bytes(b"whole")
+    times = shard.stat()
+    dies = "import os, sys, pathlib; from jobs.chaos.ground import Ground\nwith Ground(pathlib.Path(sys.argv[1])).altered('val-005.tar') as shard: shard.write_bytes(b'who'); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", dies, tmp_path]).returncode == -9 and shard.read_bytes() == b"who"
+    assert disk.mounted == disk.at.is_mount()
+    ground.prepare()
+    assert shard.read_bytes() == b"whole" and shard.stat().st_mtime_ns == times.st_mtime_ns and not list((tmp_path / "kept").iterdir())
+    assert not disk.at.is_mount() and not ray.exists()
+    assert Round(ground, 3, 0).folder.is_dir(), "the round that it died in begins again"
+    with ground.altered(shard.name) as same:
+        same.unlink()
+    assert shard.read_bytes() == b"whole" and shard.stat().st_mtime_ns == times.st_mtime_ns
 
 
 # ---- that it can fail ------------------------------------------------------------------------------------------------

@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from jobs import digits
-from jobs.chaos.processes import finished
+from jobs.chaos.processes import SHORT, finished, forget_rays
 from jobs.progress import say
 from jobs.servers import STARTS, own_sigterm
 from pipeline import failpoints
@@ -31,12 +32,11 @@ SMALL_DISK = 700  # KiB beyond what a begun run takes
 
 @dataclass
 class Ground:
-    """A folder of its own: `digits/`, `shards/`, `reference/`, `failpoints/` and a folder a round."""
+    """A folder of its own: `digits/`, `shards/`, `reference/`, `failpoints/` and a folder a round; `kept/` has a shard as it was while another stands in its place."""
 
     folder: Path
     _cluster: object = None
     _nodes: list = field(default_factory=list)
-    _ray: str = ""
 
     @property
     def failpoints(self) -> Path:
@@ -59,8 +59,7 @@ class Ground:
         os.environ[failpoints.VARIABLE] = str(self.failpoints)  # of this process, and so of all that it starts
         self.failpoints.mkdir(parents=True, exist_ok=True)
         self.clear()
-        for left in self.folder.glob("fl-*"):  # of commands that were killed
-            left.unlink()
+        self.sweep()
         if (self.reference / "experiments/prune/summary.json").exists():
             return
         made = digits.write(self.folder / "digits")
@@ -75,6 +74,27 @@ class Ground:
         """Nothing is planted any more."""
         for path in self.failpoints.iterdir():
             path.unlink()
+
+    def sweep(self) -> None:
+        """What a campaign that was killed left: shards as they were, no small disk, none of Ray's files."""
+        for kept in (self.folder / "kept").glob("*.tar"):
+            _put_back(kept, self.source / kept.name)
+        for disk in self.folder.glob("round-*/disk"):
+            SmallDisk.unmount(disk)
+        for folder in (self.folder, *self.folder.glob("round-*")):
+            forget_rays(folder)
+
+    @contextmanager
+    def altered(self, name: str) -> Iterator[Path]:
+        """A shard that the block may write to. Afterwards it is as it was, to its times; where this process does not live to see to it, `sweep` does."""
+        shard, kept = self.source / name, self.folder / "kept" / name
+        kept.parent.mkdir(exist_ok=True)
+        shutil.copy2(shard, kept.with_suffix(".part"))
+        os.replace(kept.with_suffix(".part"), kept)
+        try:
+            yield shard
+        finally:
+            _put_back(kept, shard)
 
     def begun(self, run: Path, units: int = BEGUN) -> None:
         """A copy of the undisturbed run in which only the first `units` are done."""
@@ -92,8 +112,9 @@ class Ground:
             from ray.cluster_utils import Cluster
 
             logging.getLogger("ray").setLevel(logging.CRITICAL)
-            self._ray = tempfile.mkdtemp(prefix="fl-", dir="/tmp" if os.path.isdir("/tmp") else None)  # Ray's socket paths must be short
-            self._cluster = _started(lambda: Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False, "temp_dir": self._ray}))
+            files = Path(tempfile.mkdtemp(prefix="fl-", dir=SHORT))
+            (self.folder / f"{files.name}.cluster").touch()
+            self._cluster = _started(lambda: Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False, "temp_dir": str(files)}))
             self.add_node()
         return self._cluster.address
 
@@ -121,7 +142,7 @@ class Ground:
         if self._cluster is not None:
             self._cluster.shutdown()
             self._cluster, self._nodes = None, []
-            shutil.rmtree(self._ray, ignore_errors=True)
+            forget_rays(self.folder)
 
 
 def _started(start: Callable[[], object]):
@@ -180,8 +201,17 @@ class SmallDisk:
         subprocess.run(["mount", "-o", "remount,size=64m", str(self.at)], check=True, capture_output=True)
 
     def close(self) -> None:
-        if self.mounted:
-            subprocess.run(["umount", "-l", str(self.at)], capture_output=True)
+        self.unmount(self.at)
+
+    @staticmethod
+    def unmount(at: Path) -> None:
+        if at.is_mount():
+            subprocess.run(["umount", "-l", str(at)], capture_output=True)
+
+
+def _put_back(kept: Path, shard: Path) -> None:
+    shutil.copy2(kept, shard)
+    kept.unlink()
 
 
 def _family(pid: int) -> list[psutil.Process]:

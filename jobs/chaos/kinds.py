@@ -124,38 +124,32 @@ def source_stalls(r: Round) -> None:
 
 def source_cut(r: Round) -> None:
     """A shard that is cut off after it was counted, and put back."""
-    shard = r.ground.source / r.shard()
-    whole, times = shard.read_bytes(), shard.stat()
-    length = r.chance.randrange(len(whole))
-    r.detail = f"{shard.name} at byte {length} of {len(whole)}"
+    name = r.shard()
+    whole = (r.ground.source / name).stat().st_size
+    length = r.chance.randrange(whole)
+    r.detail = f"{name} at byte {length} of {whole}"
     r.plant("census.renamed", "stop")
     r.start()
-    try:
+    with r.ground.altered(name) as shard:
         r.job.until(lambda: r.job.process.status() == "stopped", 120)
-        shard.write_bytes(whole[:length])
+        os.truncate(shard, length)
         r.job.process.send_signal(signal.SIGCONT)
         r.end(4, 0)  # what was cut may have been padding
-    finally:
-        shard.write_bytes(whole)
-        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def source_changed(r: Round) -> None:
     """A shard whose samples change places after it was counted, size and times as before, and then back."""
-    shard, point = r.ground.source / r.shard(), r.chance.choice(["census.renamed", "decode"])
-    whole, times = shard.read_bytes(), shard.stat()
-    r.detail = f"{shard.name} at {point}"
-    r.plant(point, "stop", shard=shard.name if point == "decode" else None)
+    name, point = r.shard(), r.chance.choice(["census.renamed", "decode"])
+    r.detail = f"{name} at {point}"
+    r.plant(point, "stop", shard=name if point == "decode" else None)
     r.start()
-    try:
+    with r.ground.altered(name) as shard:
         r.job.until(lambda: r.job.process.status() == "stopped", 120)
-        shard.write_bytes(turned(whole, r.chance.randrange(1, EACH)))
+        times = shard.stat()
+        shard.write_bytes(turned(shard.read_bytes(), r.chance.randrange(1, EACH)))
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
         r.job.process.send_signal(signal.SIGCONT)
         r.end(4)
-    finally:
-        shard.write_bytes(whole)
-        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def second_job(r: Round) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 COMMAND = Path(sys.executable).with_name("faultline")  # as installed beside this Python
+SHORT = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()  # Ray's socket paths must be short
 OURS = ("counting shards:", "loading ", "check: ", "engine: ", "faultline: ", "Ray did not start (", "what is done is kept", "why they were set aside: ", "that is more than --max-rejects")
 
 
@@ -23,7 +24,7 @@ class Job:
     """One `faultline ...` in a session of its own, its Ray files in a folder of its own."""
 
     def __init__(self, folder: Path, *words: object, env: dict[str, str] | None = None):
-        self.folder, self.ray = folder, Path(tempfile.mkdtemp(prefix="fl-", dir="/tmp" if os.path.isdir("/tmp") else None))  # Ray's socket paths must be short
+        self.folder, self.ray = folder, Path(tempfile.mkdtemp(prefix="fl-", dir=SHORT))
         self.out, self.err = folder / f"{self.ray.name}.out", folder / f"{self.ray.name}.err"
         self.seen: dict[int, psutil.Process] = {}
         self.start = time.monotonic()
@@ -93,6 +94,13 @@ class Job:
                 continue
         self.process.wait(10)
         shutil.rmtree(self.ray, ignore_errors=True)
+
+
+def forget_rays(folder: Path) -> None:
+    """Nothing stays of jobs that nobody cleared away: of what they printed into `folder`, which bears their names, and of Ray's files."""
+    for left in folder.glob("fl-*"):
+        shutil.rmtree(Path(SHORT, left.stem), ignore_errors=True)
+        left.unlink()
 
 
 @contextmanager
