@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import saliency
-from pipeline.errors import BadRequest
-from pipeline.saliency import choose_engine, make_engine
+from pipeline.errors import BadRequest, Stopped
+from pipeline.saliency import check_network, choose_engine, make_engine
 
 
 class Devious(nn.Module):
@@ -76,3 +76,23 @@ def test_a_network_without_an_engine_is_refused():
         saliency.try_engine(name, network, images)
     for animal in zoo.ZOO[:3]:
         saliency.try_engine("vmap", animal.make(), images)
+
+
+class Vast(Devious):
+    """Wants more memory than there is, in a forward pass or only where there are gradients."""
+
+    def forward(self, x):
+        if self.how == "always" or torch.is_grad_enabled():
+            torch.empty(2**50)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["always", "gradients"])
+@pytest.mark.parametrize("engine", ["fused", "vmap"])
+def test_too_little_memory_is_no_fault_of_the_network(how, engine):
+    """It decides neither that images are prepared wrongly nor which engine is exact: the same command goes on where there is more."""
+    network, (images, _) = Vast(how).eval(), zoo.images(3)
+    asked = [lambda: choose_engine(network, images), lambda: saliency.try_engine(engine, network, images)] + [lambda: check_network(network, images)] * (how == "always")
+    for ask in asked:
+        with pytest.raises(Stopped, match=r"too little memory here to run the network on 3 images of 11 x 8 pixels\nthe same command goes on"):
+            ask()

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from pipeline.errors import BadRequest, printable
+from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.filters import FilterLayout
 from pipeline.saliency.threads import have_threads
 
@@ -50,31 +50,38 @@ def make_engine(name: str, network: torch.nn.Module, aggregation: str) -> Engine
 def choose_engine(network: torch.nn.Module, images: torch.Tensor) -> tuple[str, str]:
     """(engine, why) for a network, from what it does with a few images float32 [B, 3, H, W], never from its class.
 
-    `fused` only if it is exact: see `pipeline.saliency.fused.objection`. Raises BadRequest if the network cannot take the images.
+    `fused` only if it is exact: see `pipeline.saliency.fused.objection`. Raises Stopped where memory is too short to tell: an engine is chosen by what a network does alone.
     """
     from pipeline.saliency.fused import objection
 
-    reason = objection(network, images)
+    try:
+        reason = objection(network, images)
+    except Exception as fault:
+        if is_memory(fault):
+            raise _no_memory(images) from None
+        raise
     return ("vmap", reason) if reason else ("fused", "every 4-D weight is used in one convolution")
 
 
 def try_engine(name: str, network: torch.nn.Module, images: torch.Tensor) -> None:
-    """One image, float32 [B, 3, H, W], through an engine. Raises BadRequest if its gradients cannot be had that way."""
+    """One image, float32 [B, 3, H, W], through an engine. Raises BadRequest if its gradients cannot be had that way, Stopped where memory is too short."""
     try:
         make_engine(name, network, "abs")(images[:1], torch.zeros(1, dtype=torch.int64, device=images.device))
     except RuntimeError as fault:
         if is_memory(fault):
-            raise
+            raise _no_memory(images) from None
         reason = str(fault).strip().splitlines()[0][:200] if str(fault).strip() else type(fault).__name__
         raise BadRequest(f"--model: the gradients of one sample cannot be had of this network by the engine {name} ({printable(reason)}), so that there are no profiles of it") from None
 
 
 def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
-    """C, the number of classes, from one forward. Raises BadRequest if it fails or does not give finite logits [B, C], C >= 2."""
+    """C, the number of classes, from one forward. Raises BadRequest if it fails or does not give finite logits [B, C], C >= 2, and Stopped where memory is too short."""
     try:
         with torch.no_grad():
             logits = network(images.clone())  # which it may change in place
     except Exception as fault:
+        if is_memory(fault):
+            raise _no_memory(images) from None
         reason = str(fault).strip().splitlines()[0][:200] if str(fault).strip() else type(fault).__name__
         raise BadRequest(f"--model: the network cannot take images of shape {list(images.shape)} ({reason}); check --preprocess") from None
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] != len(images) or logits.shape[1] < 2:
@@ -88,6 +95,10 @@ def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
 def is_memory(fault: Exception) -> bool:
     """Whether the device, or the machine, had too little memory: torch has an exception for the most usual way alone."""
     return isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or (isinstance(fault, RuntimeError) and any(text in str(fault) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")))
+
+
+def _no_memory(images: torch.Tensor) -> Stopped:
+    return Stopped(f"there is too little memory here to run the network on {len(images)} image{'s' * (len(images) != 1)} of {images.shape[-2]} x {images.shape[-1]} pixels\nthe same command goes on where there is more")
 
 
 def prepare_process(threads: int, precision: str) -> None:

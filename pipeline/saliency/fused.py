@@ -227,6 +227,8 @@ def objection(network: torch.nn.Module, images: torch.Tensor) -> str | None:
             if not (error <= TOLERANCE and of_layer <= COARSE):
                 error = max(_errors(copy.deepcopy(network).double(), layout, images[:ROWS].double(), labels[:ROWS]))
     except RuntimeError as fault:
+        if is_memory(fault):
+            raise
         return str(fault).splitlines()[0].removeprefix("the fused engine is not exact here: ").removesuffix("; use --engine vmap")
     if not error <= TOLERANCE:
         return f"its filter saliency differs from autograd's by {error:.1e} on a trial image"
