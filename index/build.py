@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.atomic import at, replace_file, write_json
+from pipeline.atomic import at, regular, replace_file, write_json
 from pipeline.errors import BadRequest, printable
 from pipeline.locks import hold
 from pipeline.statistics import Reference, moments
@@ -159,7 +159,7 @@ def identity(store: Store, datasets: list[str], reference: str, subset: str) -> 
         "datasets": {dataset: profiles_digest(store, dataset) for dataset in datasets},
         "reference": reference,
         "reference_profiles": profiles_digest(store, reference) if reference in store.datasets() else None,
-        "statistics_sha256": hashlib.sha256(statistics.read_bytes()).hexdigest() if statistics.exists() else None,
+        "statistics_sha256": hashlib.sha256(regular(statistics).read_bytes()).hexdigest() if statistics.exists() else None,
         "subset": subset,
         "metric": "cosine (inner product of L2-normalised standardised filter saliency)",
     }

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from index.build import identity, normalise, parity_of
+from pipeline.atomic import regular
 from pipeline.errors import BadRequest, closest, printable
 from pipeline.manifest import read_json
 from pipeline.store import Store, read_table
@@ -43,7 +44,7 @@ class Index:
                 words = {"run": "run.json", "datasets": "its profiles", "reference_profiles": "the reference's profiles", "statistics_sha256": "its statistics"}
                 raise BadRequest(f"the index {printable(self.folder)} is stale: {', '.join(words[c] for c in changed)} changed since it was built; run faultline index again")
             self.rows = read_table(self.folder / "rows.parquet")
-            self._flat = faiss.read_index(str(self.folder / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
+            self._flat = faiss.read_index(str(regular(self.folder / "index.faiss")), faiss.IO_FLAG_MMAP_IFC)
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as fault:
             why = f"{fault.strerror}: {fault.filename}" if isinstance(fault, OSError) and fault.filename else type(fault).__name__
             raise BadRequest(f"the index {printable(self.folder)} cannot be read ({printable(why)}): run faultline index again") from None

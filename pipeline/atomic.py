@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,13 @@ from functools import partial as bound
 from pathlib import Path
 
 from pipeline import failpoints
+
+
+def regular(path: Path) -> Path:
+    """`path`, to be read. Raises OSError where nothing is, and where a pipe or a device is, on which a reader might wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
 
 
 def replace_file(path: Path, write: Callable[[Path], object], reach: Callable[[str], None] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def hold(lock: Path, run: Path, refusal: str, seconds: float = 0) -> Iterator[No
     """Hold a lock file against a second job; the lock dies with the process. Raises Busy with `refusal` if another job holds it, and still does after so many seconds."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
+        file = open(lock, "w", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o666))  # a pipe in its place is refused, not waited for
     except OSError as fault:
         raise BadRequest(f"--run: {printable(run)} cannot be written ({printable(fault)}): make it writable, or give a copy of it") from None
     with file:

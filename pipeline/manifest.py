@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.atomic import checksum, write_json
+from pipeline.atomic import checksum, regular, write_json
 from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout
 from pipeline.samples import Preprocessing
@@ -83,7 +83,7 @@ def holds_profiles(run: Path) -> bool:
 def read_json(path: Path, remedy: str, free: tuple[str, ...] = ()) -> dict:
     """What `write_json` wrote, or somebody without a checksum. Raises BadRequest naming the file if it is damaged, and the remedy."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(regular(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("no object")
         if value.pop("checksum", None) not in (None, checksum(value, free)):

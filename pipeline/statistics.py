@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.atomic import regular
 from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout
 
@@ -82,7 +83,7 @@ class Reference:
         """run: whether the file is that of a run, which can make it anew, or was given by somebody. Raises BadRequest if it is absent, damaged, or of another network."""
         remedy = "remove it, and run faultline index again" if run else "give statistics that were made with this --model (statistics/NAME.parquet of a run)"
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+            with pq.ParquetFile(regular(path), page_checksum_verification=True) as parquet:
                 table = parquet.read()
             layers = list(zip(table["layer"].to_pylist(), table["filter"].to_pylist()))
             about = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}

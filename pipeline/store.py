@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.atomic import at, replace_file, replacing, write_json
+from pipeline.atomic import at, regular, replace_file, replacing, write_json
 from pipeline.census import PLACE, Census
 from pipeline.errors import BadRequest, printable
 from pipeline.manifest import Manifest, read_json
@@ -58,7 +58,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
 def whole(path: Path) -> Iterator[pq.ParquetFile]:
     """A Parquet file, its checksums verified as it is read. Raises BadRequest naming it if it is damaged, with the remedy."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+        with pq.ParquetFile(regular(path), page_checksum_verification=True) as parquet:
             yield parquet
     except (pa.ArrowException, OSError) as fault:
         reason = str(fault).splitlines()[0][:120] if str(fault) else type(fault).__name__

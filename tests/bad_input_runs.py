@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -68,6 +69,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "garbage": in_place(lambda content: random.Random(len(content)).randbytes(len(content))),
     "one bit flipped": flip,
     "a folder": folder,
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "a dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
     "another run's": None,  # see `foreign`
     "JSON of another schema": in_place(lambda content: b'{"a": [1, 2]}'),

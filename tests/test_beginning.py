@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -137,3 +138,10 @@ def test_a_source_may_be_a_link_to_a_folder(mine, small):
     (mine.sources / "link").symlink_to("val")
     ended = tiny.call("extract", "--run", mine.run, "--dataset", "val", "--source", mine.sources / "link", "--model", tiny.MODEL)
     assert ended.code == 0 and Store(mine.run).progress("val").done == 60, ended.err
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(mine):
+    """Nor a device: it is said which folder cannot be written."""
+    mine.run.mkdir()
+    os.mkfifo(mine.run / ".begin.lock")
+    assert str(mine.run) in (text := mine.extract().refused()) and "cannot be written" in text
