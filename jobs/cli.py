@@ -289,6 +289,8 @@ def main() -> None:
         if os.environ.get("FAULTLINE_DEBUG"):
             raise
         code = _unforeseen(defect)
+    except BaseException as end:  # sys.exit, most likely, in code that --model names: nobody else here raises it
+        code = _end(f"--model: its code ended the program ({type(end).__name__}: {printable(end)[:200]}), which no network may; what is done is kept", BadRequest.exit_code)
     if "jobs.servers" in sys.modules:
         sys.modules["jobs.servers"].leave(code)
     sys.exit(code)

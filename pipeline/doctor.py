@@ -210,7 +210,9 @@ def _classify(network: torch.nn.Module, preprocessing: Preprocessing, pixels: li
             images = torch.from_numpy(np.stack([pixels[i] for i in at])).to(device)
             try:
                 rows.update(zip(at, network(preprocessing.normalise(images.flip(-1) if reverse else images)).float().cpu()))
-            except (Exception, SystemExit) as fault:  # whatever a network raises
+            except KeyboardInterrupt:
+                raise
+            except BaseException as fault:  # whatever a network raises
                 if is_device(fault):
                     raise Broken.by(fault) from None
                 if len(at) > 1:

@@ -126,7 +126,9 @@ def _from_factory(model: str) -> torch.nn.Module:
     reach(os.getcwd())
     try:
         made = getattr(importlib.import_module(module), factory)()
-    except Exception as fault:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as fault:  # a script that ends with sys.exit, too
         raise BadRequest(f"--model: {printable(model)} cannot be made ({type(fault).__name__}: {printable(fault)}); module:factory names an importable module and a function in it that needs no arguments") from None
     if not isinstance(made, torch.nn.Module):
         raise BadRequest(f"--model: {printable(model)} gave a {type(made).__name__}, not a torch.nn.Module")

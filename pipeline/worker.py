@@ -99,7 +99,7 @@ class UnitWriter:
                 if is_device(error):
                     raise Broken.by(error) from None
                 text = str(error).strip().splitlines()
-                fault = f"{printable(unit.shard)} {unit.start}..{unit.stop}: {type(error).__name__}: {printable(text[0] if text else '')[:300]}"
+                fault = f"{printable(unit.shard)} {unit.start}..{unit.stop}: {': '.join([type(error).__name__, *(printable(line)[:300] for line in text[:1])])}"
         return Receipt(unit.stem, unit.samples, rejects, time.monotonic() - start, fault, refused)
 
     def _parts(self, unit: Unit, decoded: pa.Table) -> Iterator[tuple[pa.Table, pa.Table]]:

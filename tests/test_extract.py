@@ -282,6 +282,22 @@ def test_network_that_cannot_be_used_is_refused(mine, model, says):
     assert says in message and "--model" in message and not mine.run.exists()
 
 
+@pytest.mark.parametrize("times", [0, 1, 3, 6, 9])
+@pytest.mark.parametrize("fault", [SystemExit(0), GeneratorExit()], ids=["exit", "generator"])
+def test_a_network_that_asks_to_exit_while_it_is_tried_is_refused(mine, monkeypatch, times, fault):
+    """At whichever of its first answers: it must not look as if all had been done."""
+    answers = iter(range(1000))
+
+    def answer(logits):
+        if next(answers) >= times:
+            raise fault
+        return logits
+
+    monkeypatch.setattr(tiny, "pair", lambda: tiny.Broken(answer))
+    message = mine.extract("val", model="tiny:pair").refused()
+    assert any(said in message for said in ("--model: its code ended the program", "--model: the network cannot take images", "the network fails on it")) and not mine.run.exists()
+
+
 def test_all_faults_of_the_settings_are_told_together(mine):
     message = mine.extract("../val", "--engine", "fast", "--batch-size", 0, "--max-samples", -1, "--aggregation", "sum").refused()
     assert all(f"--{name}:" in message for name in ("dataset", "engine", "batch-size", "max-samples", "aggregation")) and not mine.run.exists()

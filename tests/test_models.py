@@ -45,8 +45,10 @@ def factories(tmp_path, monkeypatch):
         "def otherwise():\n    n = small()\n    n.preprocessing, n.class_names = torch.nn.Identity(), {'a': 1}\n    return n\n"
         "def dictionary():\n    return {}\n"
         "def needs(x):\n    return x\n"
+        "def ends():\n    raise SystemExit(0)\n"
         "def breaks():\n    raise OSError('no\\x1b[2J disk')\n"
     )
+    (tmp_path / "script.py").write_text("import sys\n\ndef net():\n    pass\n\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
@@ -61,6 +63,8 @@ def factories(tmp_path, monkeypatch):
         ("made_here:dictionary", "made_here:dictionary gave a dict, not a torch.nn.Module"),
         ("made_here:needs", "cannot be made .TypeError"),
         ("made_here:breaks", r"cannot be made .OSError: no\\x1b\[2J disk"),
+        ("made_here:ends", "made_here:ends cannot be made .SystemExit: 0"),
+        ("script:net", "script:net cannot be made .SystemExit: 0"),
         ("made_here:", "cannot be made"),
         (":net", "cannot be made"),
     ],
