@@ -10,7 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -20,7 +20,7 @@ from jobs import evidence, signals
 from jobs.bench import command as benchmarks
 from jobs.environment import settle
 from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines, said
-from jobs.progress import say, settle_streams, stages
+from jobs.progress import own_stdout, say, settle_streams, stages
 from pipeline.errors import BadRequest, Fault, Stopped, printable
 
 app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Which filters made an image classifier err, and which other images fail for the same reason.")
@@ -273,7 +273,8 @@ def main() -> None:
     settle_streams()
     signals.hear(writes=sys.argv[1:2] not in ([verb] for verb in ASKING))
     try:
-        code = _run()
+        with nullcontext() if "--help" in sys.argv else own_stdout():
+            code = _run()
         sys.stdout.flush()
     except Fault as fault:
         code = _end(str(fault), fault.exit_code)

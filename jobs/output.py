@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from jobs.progress import duration
+from jobs.progress import duration, results
 from pipeline.errors import BadRequest, printable
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def check_format(format: str, known: tuple[str, ...] = FORMATS) -> None:
     """Raises BadRequest for a format that the verb does not have, or Parquet onto a terminal."""
     if format not in known:
         raise BadRequest(f"--format: '{printable(format)}' is not one of {', '.join(known)}")
-    if format == "parquet" and sys.stdout.isatty():
+    if format == "parquet" and results().isatty():
         raise BadRequest("--format: parquet is no text; send it into a file with > FILE.parquet")
 
 
@@ -36,7 +35,7 @@ def neighbours(found, format: str) -> None:
 
         sink = pa.BufferOutputStream()
         pq.write_table(found, sink)
-        sys.stdout.buffer.write(sink.getvalue())
+        results().buffer.write(sink.getvalue())
     else:
         rows = [
             [row["rank"], f"{row['dataset']}:{row['sample_id']}", f"{row['similarity']:.4f}", named(row, "label"), named(row, "prediction"), f"{row['confidence']:.3f}", row["pair"]]
@@ -161,7 +160,7 @@ def table(head: list[str] | None, rows: list[list]) -> None:
         out.add_column(name, overflow="fold")
     for row in rows:
         out.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False)
+    console = Console(file=results(), width=None if results().isatty() else 400, highlight=False)
     console.on_broken_pipe = _nobody_reads
     console.print(out)
 
@@ -171,4 +170,4 @@ def _nobody_reads() -> None:
 
 
 def _json(value) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=True))
+    print(json.dumps(value, indent=1, ensure_ascii=True), file=results())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from pipeline.errors import printable
@@ -49,6 +49,25 @@ def settle_streams() -> None:
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
     sys.__stderr__ = sys.__stderr__ or open(2, "w", encoding="utf-8", closefd=False)
     sys.stderr = Unheard(sys.stderr or sys.__stderr__)
+
+
+_results: TextIO | None = None  # stdout, while `own_stdout` keeps it
+
+
+@contextmanager
+def own_stdout() -> Iterator[None]:
+    """stdout for results alone, which `results` gives: whatever else is printed, by the code of a network say, goes to stderr."""
+    global _results
+    _results, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, _results = _results, None
+
+
+def results() -> TextIO:
+    """Where a verb's results go."""
+    return _results or sys.stdout
 
 
 def last_words(text: str) -> None:

@@ -34,6 +34,15 @@ def test_a_job_ends_well_though_its_words_cannot_be_written(mine, redirection):
     assert Store(mine.run).progress("val").done == 60
 
 
+def test_what_a_network_prints_is_no_result(mine):
+    """Programs that read stdout get the answer alone; what was printed can be seen on stderr."""
+    ended = mine.extract(model="tiny:noisy")
+    assert ended.code == 0 and ended.out == "" and "so many: " in ended.err
+    assert tiny.call("index", "--run", mine.run).code == 0
+    ended = tiny.call("explain", "val:00001", "--run", mine.run, "--format", "json", "--device", "cpu", "--out", mine.run.parent / "map.png")
+    assert ended.code == 0 and ended.json["sample_id"] == "00001" and "so many: " in ended.err, ended.err
+
+
 @pytest.mark.parametrize("redirection", ["2>&-", "2>&- <&-"])
 def test_what_is_asked_of_another_process_is_answered_though_stderr_is_closed(redirection):
     """Its words do not get among its answer."""

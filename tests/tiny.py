@@ -85,6 +85,10 @@ def nan() -> nn.Module:
     return Broken(lambda logits: logits * float("nan"))
 
 
+def noisy() -> nn.Module:
+    return Broken(lambda logits: (print("so many:", len(logits)), logits)[1])
+
+
 def zeros() -> nn.Module:
     network = Net()
     for weights in network.parameters():
