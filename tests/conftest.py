@@ -9,6 +9,10 @@ from hypothesis import HealthCheck, settings
 
 for name, value in {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}.items():  # before torch comes: tests share their cores, and what they start inherits it
     os.environ.setdefault(name, value)
+EVERY = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+OWN = {sorted(EVERY)[int(os.environ["PYTEST_XDIST_WORKER"][2:]) % len(EVERY)]} if EVERY and "PYTEST_XDIST_WORKER" in os.environ else EVERY
+if OWN:
+    os.sched_setaffinity(0, OWN)  # a team of threads whose cores are shared waits for the slowest of them at every step: a worker computes on a core of its own
 
 # The same examples on every run, so that what passes here passes everywhere; `make fuzz` looks for others.
 settings.register_profile("house", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -16,12 +20,19 @@ settings.register_profile("fuzz", settings.get_profile("house"), derandomize=Fal
 settings.load_profile("house")
 
 
-LONGEST = ["test_faults.py", "test_harm.py", "test_cluster.py", "test_chaos.py", "test_memory.py"]  # they wait for processes more than they compute
-
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """Files that take longest begin first: files are shared out whole, in this order."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    """Tests that start real processes come first, one after the other in one worker; other files are shared out whole among all."""
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("processes" if item.get_closest_marker("processes") else item.path.name))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    """What a test starts has every core where it is made of real processes."""
+    if OWN:
+        os.sched_setaffinity(0, EVERY if item.get_closest_marker("processes") else OWN)
 
 
 @pytest.fixture(scope="session")
