@@ -20,12 +20,25 @@ settings.register_profile("fuzz", settings.get_profile("house"), derandomize=Fal
 settings.load_profile("house")
 
 
-@pytest.hookimpl(tryfirst=True)
+PROCESSES = ["test_faults.py", "test_harm.py", "test_cluster.py", "test_chaos.py", "test_memory.py"]  # they start jobs with several processes each, and take longest
+
+
 def pytest_collection_modifyitems(items) -> None:
-    """Tests that start real processes come first, one after the other in one worker; other files are shared out whole among all."""
-    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("processes" if item.get_closest_marker("processes") else item.path.name))
+    """Files that take longest begin first, in this order."""
+    items.sort(key=lambda item: PROCESSES.index(item.path.name) if item.path.name in PROCESSES else len(PROCESSES))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files are shared out whole, but for those that start jobs: one worker does them, one after the other, while the others compute."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "processes" if Path(file).name in PROCESSES else file
+
+    return Files(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
