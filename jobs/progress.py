@@ -58,11 +58,12 @@ _results: TextIO | None = None  # stdout, while `own_stdout` keeps it
 def own_stdout() -> Iterator[None]:
     """stdout for results alone, which `results` gives: whatever else is printed, by the code of a network say, goes to stderr."""
     global _results
+    before = _results, sys.stdout
     _results, sys.stdout = sys.stdout, sys.stderr
     try:
         yield
     finally:
-        sys.stdout, _results = _results, None
+        _results, sys.stdout = before
 
 
 def results() -> TextIO:

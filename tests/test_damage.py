@@ -102,7 +102,7 @@ def test_sigterm_ends_a_job_whose_sigint_is_ignored(mine):
         f"sys.argv = ['faultline', 'extract', '--run', {str(mine.run)!r}, '--dataset', 'val', '--source', 'x', '--model', 'y']\nmain()"
     )
     job = subprocess.Popen([sys.executable, "-c", code], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert job.stdout.readline() == "begun\n"
+    assert job.stderr.readline() == "begun\n"
     start = time.monotonic()
     job.terminate()
     assert job.wait(30) == 4 and time.monotonic() - start < 20 and "same command resumes" in job.stderr.read()
