@@ -291,7 +291,7 @@ def main() -> None:
             raise
         code = _unforeseen(defect)
     except BaseException as end:  # sys.exit, most likely, in code that --model names: nobody else here raises it
-        code = _end(f"--model: its code ended the program ({type(end).__name__}: {printable(end)[:200]}), which no network may; what is done is kept", BadRequest.exit_code)
+        code = _end(f"--model: its code ended the program ({type(end).__name__}: {printable(end)[:200]}), which no network may: take that out of it\nwhat is done is kept", BadRequest.exit_code)
     if "jobs.servers" in sys.modules:
         sys.modules["jobs.servers"].leave(code)
     sys.exit(code)

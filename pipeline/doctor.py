@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from pipeline.errors import Broken, is_device, printable
+from pipeline.errors import Broken, is_device, printable, said
 from pipeline.intervals import Interval, wilson
 from pipeline.samples import PRESETS, Preprocessing, Sample, decode
 from pipeline.sources import Shard, Source
@@ -218,7 +218,7 @@ def _classify(network: torch.nn.Module, preprocessing: Preprocessing, pixels: li
                 if len(at) > 1:
                     waiting.extend([i] for i in at)  # because of one of them
                 else:
-                    failures[at[0]] = f"the network fails on it: {printable((str(fault).splitlines() or [type(fault).__name__])[0])[:200]}"
+                    failures[at[0]] = f"the network fails on it: {said(fault)}"
     nothing = torch.full_like(next(iter(rows.values())), torch.nan) if rows else torch.full((2,), torch.nan)
     return torch.stack([rows.get(i, nothing) for i in range(len(pixels))]) if pixels else torch.zeros(0, 2), failures
 

@@ -50,6 +50,12 @@ def printable(text: object) -> str:
     )
 
 
+def said(fault: BaseException) -> str:
+    """One line of what a stranger's code raised, at most 200 characters: its message, after its name where that is no ordinary exception's, or its name alone."""
+    first = (str(fault).strip().splitlines() or [""])[0]
+    return printable(": ".join(filter(None, ["" if first and isinstance(fault, Exception) else type(fault).__name__, first])))[:200]
+
+
 def closest(word: str, known: Iterable[str], count: int = 3) -> str:
     """The `count` most similar of `known`, as text for the end of an error message; all of them where they are few."""
     known = list(known)

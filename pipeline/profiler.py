@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 
 from pipeline import models
-from pipeline.errors import is_device, printable
+from pipeline.errors import is_device, said
 from pipeline.manifest import Manifest
 from pipeline.samples import Sample
 from pipeline.saliency import is_memory, make_engine, prepare_process
@@ -124,7 +124,7 @@ class Profiler:
             if is_memory(fault) or is_device(fault) or isinstance(fault, OSError):
                 raise  # not even one image at a time fits, the GPU failed, or the system did; no sample is to blame
             if len(chosen) == 1:
-                reasons[chosen[0]] = f"the network fails on it: {printable(str(fault).splitlines()[0] if str(fault) else type(fault).__name__)[:200]}"
+                reasons[chosen[0]] = f"the network fails on it: {said(fault)}"
                 return
             for half in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]):
                 self._isolate(samples, start, half, rows, reasons)

@@ -134,7 +134,7 @@ def test_sample_that_fails_is_set_aside_alone(ahead):
 
 
 @AHEAD
-@pytest.mark.parametrize("fault, reason", [(SystemExit(3), "3"), (GeneratorExit(), "GeneratorExit"), (BaseException("of its own"), "of its own")], ids=["exit", "generator", "own"])
+@pytest.mark.parametrize("fault, reason", [(SystemExit(3), "SystemExit: 3"), (GeneratorExit(), "GeneratorExit"), (BaseException("of its own"), "BaseException: of its own")], ids=["exit", "generator", "own"])
 def test_a_network_that_asks_to_exit_fails_like_any_other(monkeypatch, fault, reason, ahead):
     profiler, engine = picky(ahead=ahead), picky().engine
     monkeypatch.setattr(profiler, "engine", lambda images, labels: (_ for _ in ()).throw(fault) if (images[:, 0, 0, 0] > 2).any() else engine(images, labels))

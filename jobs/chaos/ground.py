@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from jobs import digits
-from jobs.chaos.processes import SHORT, finished, forget_rays
+from jobs.chaos.processes import finished, forget_rays, rays_folder
 from jobs.progress import say
 from jobs.servers import STARTS, own_sigterm
 from pipeline import failpoints
@@ -112,8 +111,7 @@ class Ground:
             from ray.cluster_utils import Cluster
 
             logging.getLogger("ray").setLevel(logging.CRITICAL)
-            files = Path(tempfile.mkdtemp(prefix="fl-", dir=SHORT))
-            (self.folder / f"{files.name}.cluster").touch()
+            files = rays_folder(self.folder, "cluster")
             self._cluster = _started(lambda: Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False, "temp_dir": str(files)}))
             self.add_node()
         return self._cluster.address

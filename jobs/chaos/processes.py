@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ class Job:
     """One `faultline ...` in a session of its own, its Ray files in a folder of its own."""
 
     def __init__(self, folder: Path, *words: object, env: dict[str, str] | None = None):
-        self.folder, self.ray = folder, Path(tempfile.mkdtemp(prefix="fl-", dir=SHORT))
+        self.folder, self.ray = folder, rays_folder(folder, "out")
         self.out, self.err = folder / f"{self.ray.name}.out", folder / f"{self.ray.name}.err"
         self.seen: dict[int, psutil.Process] = {}
         self.start = time.monotonic()
@@ -94,6 +95,15 @@ class Job:
                 continue
         self.process.wait(10)
         shutil.rmtree(self.ray, ignore_errors=True)
+
+
+def rays_folder(folder: Path, kind: str) -> Path:
+    """A new folder for Ray's files. A file in `folder` bears its name first, for `forget_rays` to find it however this process ends."""
+    name = f"fl-{secrets.token_hex(4)}"
+    (folder / f"{name}.{kind}").touch()
+    made = Path(SHORT, name)
+    made.mkdir(0o700)
+    return made
 
 
 def forget_rays(folder: Path) -> None:

@@ -79,9 +79,7 @@ def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
     try:
         with torch.no_grad():
             logits = network(images.clone())  # which it may change in place
-    except KeyboardInterrupt:
-        raise
-    except BaseException as fault:  # a network is anybody's code
+    except Exception as fault:
         if is_memory(fault):
             raise _no_memory(images) from None
         reason = str(fault).strip().splitlines()[0][:200] if str(fault).strip() else type(fault).__name__
