@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 
+import bad_input
 import pytest
 import tiny
 
@@ -145,3 +146,11 @@ def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(mine):
     mine.run.mkdir()
     os.mkfifo(mine.run / ".begin.lock")
     assert str(mine.run) in (text := mine.extract().refused()) and "cannot be written" in text
+
+
+def test_a_pipe_in_the_place_of_what_a_job_is_at_is_not_waited_for(mine):
+    (mine.run / "datasets").mkdir(parents=True)
+    os.mkfifo(mine.run / "datasets" / ".val.at")
+    with bad_input.no_hanging(mine.run):
+        assert mine.extract().code == 0
+    assert Store(mine.run).progress("val").done == 60
