@@ -195,6 +195,12 @@ def header(kind: bytes, name: str, size: int) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
+def attribute(name: str, value: str, size: int = 2000) -> list[bytes]:
+    """A PAX attribute of a member that follows, and the header of that member."""
+    record = f"{len(name) + len(value) + 5} {name}={value}\n".encode()  # of two digits
+    return [header(tarfile.XHDTYPE, "x", len(record)), block(record), header(tarfile.REGTYPE, "y.jpg", size)]
+
+
 def block(content: bytes) -> bytes:
     return content + bytes(-len(content) % 512)
 
@@ -203,6 +209,16 @@ END = r"a\.tar cannot be read to its end \(.*\): fetch it again or repack it"
 TWICE = r"the ID '.*' stands twice, in .* and in .*: .*(rename|follow each other)"
 TARS = [
     Refused("tar: a size that is negative", edited(124, b"\xff" * 12), END),
+    *(
+        Refused(f"tar: an attribute that gives a size of {size}", raw_tar(*attribute("size", str(size)), block(shards.photo(9))), END)
+        for size in (-1, -512, -1024, -1536, -10240, -(1 << 50))  # back into this member, to its own header, to that of its attributes, and to those before
+    ),
+    *(
+        Refused(f"tar.gz: an attribute that gives a size of {size}", lambda folder, size=size: packed(raw_tar(*attribute("size", str(size)), block(shards.photo(9)))(folder), "gzip").rename(folder / "a.tar.gz"), END.replace("tar", "tar.gz"))
+        for size in (-1, -1536)
+    ),
+    Refused("tar: an attribute of a negative size", raw_tar(header(tarfile.XHDTYPE, "x", -512), header(tarfile.REGTYPE, "y.jpg", 0)), END),
+    Refused("tar: a sparse map that holds no numbers", raw_tar(*attribute("GNU.sparse.map", "a,b", size=512), block(b"x")), END),
     Refused("tar: a size beyond all disks", edited(124, b"\x80" + b"\0" * 3 + b"\xff" * 8), END),
     Refused("tar: a size that is no number", edited(124, b"size?" + b"\0" * 7), END),
     Refused("tar: a size beyond the file", edited(124, b"00077777777\0"), END),
@@ -210,7 +226,7 @@ TARS = [
     Refused("tar: an attribute without end", raw_tar(header(tarfile.XHDTYPE, "x", 512), block(b"0 path=a\n" * 20), header(tarfile.REGTYPE, "y.jpg", 0)), END),
     Refused("tar: an attribute of no length", raw_tar(header(tarfile.XHDTYPE, "x", 20), block(b"0 size=0\n00000000000"), header(tarfile.REGTYPE, "y.jpg", 0)), END),
     Refused("tar: attributes of nothing", raw_tar(header(tarfile.XHDTYPE, "x", 0)), END),
-    Refused("tar: a long link of a terabyte", raw_tar(header(tarfile.GNUTYPE_LONGLINK, "././@LongLink", 1 << 40), header(tarfile.REGTYPE, "y.jpg", 0)), r"a\.tar cannot be read to its end \(a header claims more than memory holds\): fetch it again"),
+    Refused("tar: a long link of a terabyte", raw_tar(header(tarfile.GNUTYPE_LONGLINK, "././@LongLink", 1 << 40), header(tarfile.REGTYPE, "y.jpg", 0)), r"a\.tar cannot be read to its end \(a header claims 1099511627776 bytes at byte \d+\): fetch it again"),
     Refused("tar: 3,000 attributes of attributes", raw_tar((header(tarfile.XHDTYPE, "x", 10) + block(b"10 a=bcde\n")) * 3000, header(tarfile.REGTYPE, "y.jpg", 0)), r"a\.tar cannot be read to its end \(headers of headers, without end\): fetch it again"),
     Refused("tar: a long name of nothing", raw_tar(header(tarfile.GNUTYPE_LONGNAME, "././@LongLink", 600)), END),
     Refused("tar: a key that comes again later", tar(("g1.jpg", shards.photo(9)), ("g1.cls", b"1")), TWICE),

@@ -27,6 +27,7 @@ EMPTY = 10240  # bytes of a tar without members, all of them zeros
 PARKED = 4  # streams that a process keeps open
 FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError, RecursionError)  # what damaged archives make their reader raise
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+MOST_HEADER = 4 << 20  # bytes of what is said of one member, or of all
 MOST_LABEL = 1 << 20  # bytes of a label that is held against the census
 Key = Callable[[tarfile.TarInfo], str]
 Which = Callable[[str], bool]
@@ -54,7 +55,12 @@ def key_of(path: str) -> tuple[str, str]:
 
 
 class Forward:
-    """A binary file that tarfile reads; over gzip it moves forward alone. `last` is what the last read gave."""
+    """A binary file that tarfile reads, and that moves forward alone: headers may say otherwise, and would be read for ever. `last` is what the last read gave.
+
+    Raises ReadError where a header sends back, or claims more than `most` bytes of what is about to be read.
+    """
+
+    most = MOST_HEADER
 
     def __init__(self, path: str, offset: int):
         self.seekable = not is_gzip(path)
@@ -66,15 +72,17 @@ class Forward:
         return self.position
 
     def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.most:
+            raise tarfile.ReadError(f"a header claims {size} bytes at byte {self.position}")
         self.last = self.file.read(size)
         self.position += len(self.last)
         return self.last
 
     def seek(self, position: int) -> None:
+        if position < self.position:
+            raise tarfile.ReadError(f"a header before byte {self.position} sends back to byte {position}")
         if self.seekable:
             self.position = self.file.seek(position)
-        elif position < self.position:
-            raise OSError("a gzip stream was asked to go back")
         while self.position < position and self.read(min(1 << 20, position - self.position)):
             pass
 
@@ -123,6 +131,8 @@ class Walk:
         group, number = Group(""), self.position - 1
         for member in self.tar:
             self.tar.members.clear()  # tarfile keeps every header it has seen
+            if member.size < 0:
+                raise tarfile.ReadError(f"a member of {member.size} bytes at byte {member.offset}")
             key = self.key(member)
             if not key:
                 continue
@@ -133,7 +143,9 @@ class Walk:
             group.members.append(member)
             wanted = number >= self.hold_from and member.size <= MOST_BYTES and self.holds(member.name) or member.size <= MOST_LABEL and self.labels(member.name)
             if member.isfile() and wanted:
+                self.file.most = MOST_BYTES
                 group.contents[member.offset] = self.tar.extractfile(member).read()
+                self.file.most = MOST_HEADER
         if group.key:
             yield group
 
@@ -205,7 +217,8 @@ def count(path: str, key: Key, each: Callable[[int, Group], None], labels: Which
 
 
 def _why(fault: Exception) -> str:
-    return {MemoryError: "a header claims more than memory holds", RecursionError: "headers of headers, without end"}.get(type(fault)) or printable(fault)[:200]
+    words = {MemoryError: "a header claims more than memory holds", RecursionError: "headers of headers, without end", ValueError: "a number in a header is none"}
+    return words.get(type(fault)) or printable(fault)[:200]
 
 
 def handle_of(group: Group, digest: str) -> list:
