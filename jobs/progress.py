@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -56,13 +57,30 @@ _results: TextIO | None = None  # stdout, while `own_stdout` keeps it
 
 @contextmanager
 def own_stdout() -> Iterator[None]:
-    """stdout for results alone, which `results` gives: whatever else is printed, by the code of a network say, goes to stderr."""
+    """stdout for results alone, which `results` gives: whatever else is written, by the code of a network say, in C or by a process that it starts, goes to stderr.
+
+    Raises OSError if the results cannot be written.
+    """
     global _results
-    before = _results, sys.stdout
-    _results, sys.stdout = sys.stdout, sys.stderr
+    before, own = (_results, sys.stdout), sys.stdout is sys.__stdout__
+    if own:
+        sys.stdout.flush()
+        _results = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # which no other process inherits
+        os.dup2(2, 1)
+    else:
+        _results = sys.stdout
+    sys.stdout = sys.stderr
     try:
         yield
+        _results.flush()
     finally:
+        if own:
+            with suppress(OSError):
+                sys.__stdout__.flush()
+            ctypes.CDLL(None).fflush(None)  # what C has buffered is no result either
+            os.dup2(_results.fileno(), 1)
+            with suppress(OSError):
+                _results.close()
         _results, sys.stdout = before
 
 

@@ -43,6 +43,15 @@ def test_what_a_network_prints_is_no_result(mine):
     assert ended.code == 0 and ended.json["sample_id"] == "00001" and "so many: " in ended.err, ended.err
 
 
+def test_what_a_network_writes_past_python_is_no_result_either(mine):
+    """A descriptor, C and a process that it starts know nothing of `sys.stdout`."""
+    assert mine.extract(model="tiny:shouting").code == 0
+    assert tiny.call("index", "--run", mine.run).code == 0
+    ended = tiny.process("explain", "val:00001", "--run", mine.run, "--format", "json", "--device", "cpu", "--out", mine.run.parent / "map.png")
+    assert ended.code == 0 and ended.json["sample_id"] == "00001", ended.err
+    assert {"printed", "underscored", "described", "formatted", "echoed"} <= set(ended.err.split())
+
+
 @pytest.mark.parametrize("redirection", ["2>&-", "2>&- <&-"])
 def test_what_is_asked_of_another_process_is_answered_though_stderr_is_closed(redirection):
     """Its words do not get among its answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -87,6 +88,20 @@ def nan() -> nn.Module:
 
 def noisy() -> nn.Module:
     return Broken(lambda logits: (print("so many:", len(logits)), logits)[1])
+
+
+def loud(logits: torch.Tensor) -> torch.Tensor:
+    """In every way that there is: Python's, a descriptor's, C's, another process's."""
+    print("printed")
+    sys.__stdout__.write("underscored\n")
+    os.write(1, b"described\n")
+    ctypes.CDLL(None).printf(b"formatted\n")
+    subprocess.run(["echo", "echoed"])
+    return logits
+
+
+def shouting() -> nn.Module:
+    return Broken(loud)
 
 
 def zeros() -> nn.Module:
