@@ -141,7 +141,10 @@ def ensure_reference(store: Store, reference: str, tick: Callable[[str, int, int
     if found.count < 2:
         raise BadRequest(f"--reference: {printable(reference)} has {found.count} profiles; a standard deviation needs two or more")
     standard = Reference(found.mean, found.std, found.count, store.manifest().aggregation, origin)
-    replace_file(path, lambda partial: pq.write_table(standard.table(layout), partial, write_page_checksum=True), at("statistics"))
+    with hold(path.with_name(f".{reference}.lock"), store.run, f"another job is writing {printable(path)}: give the same command again when it has", 10):
+        for stale in path.parent.glob(f".{reference}.parquet.{'[0-9a-f]' * 8}.tmp"):  # of a job that died here
+            stale.unlink(missing_ok=True)
+        replace_file(path, lambda partial: pq.write_table(standard.table(layout), partial, write_page_checksum=True), at("statistics"))
     return standard
 
 

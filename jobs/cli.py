@@ -275,7 +275,7 @@ def main() -> None:
     try:
         with nullcontext() if "--help" in sys.argv else own_stdout():
             code = _run()
-        sys.stdout.flush()
+            sys.stdout.flush()
     except Fault as fault:
         code = _end(str(fault), fault.exit_code)
     except (KeyboardInterrupt, typer.Abort):

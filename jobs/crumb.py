@@ -7,11 +7,11 @@ does not stop the same command from completing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.atomic import unwaiting
 from pipeline.errors import BadRequest, Broken
 from pipeline.manifest import read_json
 
@@ -46,7 +46,7 @@ class Crumb:
         made = [folder for folder in (self.path.parent, self.path.parent.parent) if not folder.exists()]
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o666)) as file:  # a pipe in its place is not waited for
+            with open(self.path, "w", encoding="utf-8", opener=unwaiting) as file:
                 file.write(json.dumps({"at": what, "deaths": deaths}))
         died = False
         try:

@@ -243,6 +243,9 @@ def only_writer(store: Store, dataset: str):
 
 def do(store: Store, settings: Settings, manifest: Manifest, census: Census, todo: list[Unit]) -> int:
     """Do every unit of `todo`; returns how many were run. A unit that keeps killing its workers is cut in halves until its cause is alone, and set aside."""
+    from pipeline import models
+
+    models.refuse_damaged(store.run / "weights.safetensors", manifest.saved_sha256)  # once, before many engines meet it
     device = cluster.device_for(settings.device, settings.address)
 
     def give_up(unit: Unit) -> list[Unit]:

@@ -23,6 +23,11 @@ def regular(path: Path) -> Path:
     return path
 
 
+def unwaiting(path: str, flags: int) -> int:
+    """`opener` of a file that may be written in its place: a pipe there is refused, not waited for. Raises OSError."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
 def replace_file(path: Path, write: Callable[[Path], object], reach: Callable[[str], None] | None = None) -> None:
     """`write(partial)`, and what it wrote is at `path`: see `replacing`."""
     with replacing(path, reach) as partial:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from pipeline.atomic import unwaiting
 from pipeline.errors import BadRequest, printable
+
+IN_THE_WAY = (errno.ENXIO, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # a pipe, a file where a folder should be, a folder where a file should be
 
 
 class Busy(BadRequest):
@@ -22,9 +25,10 @@ def hold(lock: Path, run: Path, refusal: str, seconds: float = 0) -> Iterator[No
     """Hold a lock file against a second job; the lock dies with the process. Raises Busy with `refusal` if another job holds it, and still does after so many seconds."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o666))  # a pipe in its place is refused, not waited for
+        file = open(lock, "w", opener=unwaiting)
     except OSError as fault:
-        raise BadRequest(f"--run: {printable(run)} cannot be written ({printable(fault)}): make it writable, or give a copy of it") from None
+        remedy = "remove what lies there" if fault.errno in IN_THE_WAY else "make it writable, or give a copy of it"
+        raise BadRequest(f"--run: {printable(run)} cannot be written ({printable(fault)}): {remedy}") from None
     with file:
         limit = time.monotonic() + seconds
         while not _locked(file):

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from pipeline import cifar
-from pipeline.atomic import replacing
+from pipeline.atomic import regular, replacing
 from pipeline.errors import BadRequest, closest, printable
 from pipeline.samples import PRESETS, Preprocessing
 
@@ -243,18 +243,32 @@ def save_weights(network: torch.nn.Module, path: Path) -> None:
 
 def restore(model: str, weights: Path, digest: str | None = None) -> torch.nn.Module:
     """The network of a run again, from its name and the weights kept in the run directory. Raises BadRequest if they are not those of `digest`, with the remedy."""
+    refuse_damaged(weights, digest)
     try:
-        state, found = read_weights(str(weights))
-        if digest not in (None, found):
-            raise BadRequest("its digest is not the one in run.json")
+        state, _ = read_weights(str(weights))
         network = build(model, state)
         fit(network, state, model)
     except BadRequest as fault:
         if "--model" in str(fault):
             raise
-        why = "it is not there" if not weights.exists() else "its digest is not the one in run.json" if digest else str(fault).partition(": ")[2]
-        raise BadRequest(f"{printable(weights)}, the run's own weights, cannot be used ({why}): remove it, and give the faultline extract command again, which writes it anew") from None
+        raise _unusable(weights, str(fault).partition(": ")[2]) from None
     return network.float().eval().requires_grad_(False)
+
+
+def refuse_damaged(weights: Path, digest: str | None = None) -> None:
+    """Raises BadRequest unless a run's own weights are a file, and that of `digest` if there is one."""
+    try:
+        found = file_sha256(regular(weights))
+    except FileNotFoundError:
+        raise _unusable(weights, "it is not there") from None
+    except OSError as fault:
+        raise _unusable(weights, os.strerror(fault.errno) if fault.errno != errno.EINVAL else "it is not a regular file") from None
+    if digest not in (None, found):
+        raise _unusable(weights, "its digest is not the one in run.json")
+
+
+def _unusable(weights: Path, why: str) -> BadRequest:
+    return BadRequest(f"{printable(weights)}, the run's own weights, cannot be used ({why}): remove it, and give the faultline extract command again, which writes it anew")
 
 
 def _need_file(model: str, weights: str | None):

@@ -166,7 +166,11 @@ class Store:
             raise BadRequest(f"{printable(self.run / 'profiles' / dataset / stem)}.parquet is no unit of {printable(census.spec)}, of which {printable(dataset)} is made: {what}; remove it, and the file of that name in rejects, or extract into another --dataset")
 
     def refuse_others(self, dataset: str, census: Census) -> None:
-        """The same, and for profiles that were not made of the census' shards, or by this run. Reads the footer of every file."""
+        """The same, and for profiles that were not made of the census' shards, or by this run, and for what lies where their folders should. Reads the footer of every file."""
+        for folder in ("profiles", "rejects"):
+            for path in (self.run / folder, self.run / folder / dataset):
+                if path.exists() and not path.is_dir():
+                    raise BadRequest(f"{printable(path)} is no folder, and {folder} belong into one: remove it, and give the same command again")
         self.refuse_strangers(dataset, census)
         self._rows(dataset, census, [self.run / "profiles" / dataset / f"{stem}.parquet" for stem in sorted(self._names("profiles", dataset))])
 

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"pipeline.errors", "pipeline.cifar", "pipeline.intervals", "pipeline.wnids", "pipeline.failpoints"},
-    {"pipeline.atomic", "pipeline.locks"},
+    {"pipeline.atomic"},
+    {"pipeline.locks"},
     {"pipeline.sources"},
     {"pipeline.samples"},
     {"pipeline.filters"},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 
 import bad_input
 import pytest
 import tiny
 
 from jobs import begin
+from pipeline import failpoints
 from pipeline.locks import Busy, hold
 from pipeline.profiler import Profiler
 from pipeline.store import Store
@@ -145,7 +148,7 @@ def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(mine):
     """Nor a device: it is said which folder cannot be written."""
     mine.run.mkdir()
     os.mkfifo(mine.run / ".begin.lock")
-    assert str(mine.run) in (text := mine.extract().refused()) and "cannot be written" in text
+    assert str(mine.run / ".begin.lock") in (text := mine.extract().refused()) and "cannot be written" in text and text.endswith(": remove what lies there")
 
 
 def test_a_pipe_in_the_place_of_what_a_job_is_at_is_not_waited_for(mine):
@@ -154,3 +157,42 @@ def test_a_pipe_in_the_place_of_what_a_job_is_at_is_not_waited_for(mine):
     with bad_input.no_hanging(mine.run):
         assert mine.extract().code == 0
     assert Store(mine.run).progress("val").done == 60
+
+
+@pytest.mark.parametrize("folder", ["profiles", "rejects", "profiles/val", "rejects/val"])
+def test_what_lies_where_a_folder_should_is_said_before_anything_is_computed(mine, folder):
+    """And not by the first unit that cannot be written."""
+    assert mine.extract().code == 0
+    shutil.rmtree(mine.run / folder)
+    os.mkfifo(mine.run / folder)
+    text = mine.extract().refused()
+    assert f"{mine.run / folder} is no folder" in text and "remove it" in text
+    (mine.run / folder).unlink()
+    assert mine.extract().code == 0 and Store(mine.run).progress("val").done == 60
+
+
+@pytest.mark.parametrize("words", [(), ("--actors", 2)])
+def test_weights_that_a_run_lost_are_said_before_anything_is_computed(mine, words):
+    """Once, by the command itself, and not by every engine of its."""
+    assert mine.extract().code == 0
+    shutil.rmtree(mine.run / "profiles/val")
+    (mine.run / "weights.safetensors").unlink()
+    os.mkfifo(mine.run / "weights.safetensors")
+    with bad_input.no_hanging(mine.run):
+        text = mine.extract("val", *words).refused()
+    assert "weights.safetensors, the run's own weights, cannot be used (it is not a regular file): remove it" in text
+    (mine.run / "weights.safetensors").unlink()
+    assert mine.extract().code == 0 and Store(mine.run).progress("val").done == 60
+
+
+def test_an_index_that_was_killed_leaves_nothing_behind(mine, tmp_path):
+    """The same command removes what it had half written of its statistics, and of itself."""
+    assert mine.extract().code == 0
+    for point in ("statistics.written", "index.written"):
+        (tmp_path / "plan").mkdir()
+        (tmp_path / "plan" / "0.json").write_text(json.dumps({"point": point, "action": "kill"}))
+        assert tiny.process("index", "--run", mine.run, **{failpoints.VARIABLE: str(tmp_path / "plan")}).code == -signal.SIGKILL
+        assert list(mine.run.rglob("*.tmp")), point
+        shutil.rmtree(tmp_path / "plan")
+    assert tiny.call("index", "--run", mine.run).code == 0
+    assert not list(mine.run.rglob("*.tmp"))
