@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -18,7 +17,7 @@ import typer
 
 from jobs import evidence, signals
 from jobs.bench import command as benchmarks
-from jobs.environment import settle
+from jobs.environment import settle, spare_pandas
 from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines, said
 from jobs.progress import own_stdout, say, settle_streams, stages
 from pipeline.errors import BadRequest, Fault, Stopped, printable
@@ -108,6 +107,7 @@ def index(
     from jobs.extract import DATASET
     from pipeline.store import Store
 
+    spare_pandas()
     store = Store(run)
     store.manifest()
     known = store.datasets()
@@ -176,19 +176,19 @@ def query(
         from jobs.figures import check_gallery
 
         check_gallery(gallery)
-    with _without_pandas():
-        from index import Run
+    spare_pandas()
+    from index import Run
 
-        opened = Run.open(run)
-        found = opened.neighbors(sample, k, within, layers, name)
-        if found.num_rows < k:
-            say(f"only {found.num_rows} neighbours exist")
-        if gallery:
-            from jobs.query import draw
+    opened = Run.open(run)
+    found = opened.neighbors(sample, k, within, layers, name)
+    if found.num_rows < k:
+        say(f"only {found.num_rows} neighbours exist")
+    if gallery:
+        from jobs.query import draw
 
-            draw(opened, sample, found, gallery, name)
-            say(f"gallery: {printable(gallery)}")
-        output.neighbours(found, format)
+        draw(opened, sample, found, gallery, name)
+        say(f"gallery: {printable(gallery)}")
+    output.neighbours(found, format)
 
 
 @app.command()
@@ -306,23 +306,6 @@ def _run() -> int:
     except typer.Exit as end:
         return end.exit_code
     return 0
-
-
-@contextmanager
-def _without_pandas() -> Iterator[None]:
-    """pyarrow imports pandas, half of a query's time, to ask whether a list is one of its Series; here none is, and it is told that there is no pandas."""
-
-    class NoPandas:
-        @staticmethod
-        def find_spec(name: str, *_: object) -> None:
-            if name == "pandas":
-                raise ModuleNotFoundError("this command does without pandas", name=name)
-
-    sys.meta_path.insert(0, NoPandas)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(NoPandas)
 
 
 def _unforeseen(defect: Exception) -> int:

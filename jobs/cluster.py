@@ -9,6 +9,7 @@ Small work runs in this process instead: the same units, the same two steps, the
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs import servers
-from jobs.environment import settle
+from jobs.environment import settle, spare_pandas
 from pipeline.errors import BadRequest, Broken, Stopped, printable
 from pipeline.units import Unit
 from pipeline.worker import Receipt
@@ -116,6 +117,7 @@ def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str,
 
 
 def _here(decoder: Decode, write: Callable[[pa.Table], Receipt], at: At, units: list[Unit], attempts: int) -> Iterator[Receipt]:
+    spare_pandas()
     for unit in units:
         with at(unit.stem):
             receipt = write(decoder(unit))
@@ -159,7 +161,8 @@ def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device:
     except (ray.exceptions.RayError, RuntimeError) as fault:
         servers.leaving = True  # it is told here
         text = str(fault).strip().splitlines()
-        raise Stopped(f"Ray stopped the job: {printable(text[-1] if text else type(fault).__name__)[:300]}\nwhat is done is kept; the same command resumes") from None
+        said = re.sub(r"^pipeline\.errors\.\w+: ", "", text[-1]) if text else type(fault).__name__
+        raise Stopped(f"Ray stopped the job: {printable(said)[:300]}\nwhat is done is kept; the same command resumes") from None
 
 
 @contextmanager

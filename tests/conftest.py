@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 for name, value in {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}.items():  # before torch comes: tests share their cores, and what they start inherits it
     os.environ.setdefault(name, value)
 
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # as in many containers: each of hundreds of processes would compile torch and all else anew, 3 seconds each
+    os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+
 # The same examples on every run, so that what passes here passes everywhere; `make fuzz` looks for others.
 settings.register_profile("house", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fuzz", settings.get_profile("house"), derandomize=False, max_examples=200)

@@ -20,7 +20,10 @@ from jobs import cluster, servers
 from jobs.chaos.processes import ending, finished, running, strangers
 from jobs.extract import Settings, extract
 from pipeline.errors import BadRequest, Stopped
+from pipeline.samples import Preprocessing
+from pipeline.sources import open_source
 from pipeline.store import Store
+from pipeline.units import Unit
 from pipeline.worker import Decoder, UnitWriter
 from shards import write_shard
 import tiny
@@ -73,60 +76,6 @@ def test_an_address_where_nothing_listens_is_told_at_once(monkeypatch):
         port = server.getsockname()[1]
     with pytest.raises(BadRequest, match=f"^--address: no Ray cluster can be joined at 127.0.0.1:{port} .*refused"):
         cluster.device_for("cpu", f"127.0.0.1:{port}")
-
-
-@pytest.fixture()
-def two_gpus(monkeypatch):
-    """Ray, started by the test, with two GPUs that nothing looks at and no CPU more than GPUs; gone afterwards."""
-    import ray
-
-    with tempfile.TemporaryDirectory(prefix="fl-", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("RAY_TMPDIR", folder)
-        monkeypatch.setenv("RAY_ADDRESS", "local")
-        ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield
-        ray.shutdown()
-
-
-@pytest.mark.processes
-def test_units_go_through_a_pool_of_gpu_actors_one_receipt_each(tmp_path, two_gpus, monkeypatch):
-    """Each engine has a GPU of its own, and each unit gives exactly one receipt and one file."""
-    for i in range(UNITS):
-        write_shard(tmp_path / "shards" / f"{i}.tar", [0, 1, 2], 3 * i, (16, 16))
-    (tmp_path / "gpu_network.py").write_text(
-        "import torch\n"
-        "from pipeline.samples import Preprocessing\n"
-        "class Net(torch.nn.Sequential):\n"
-        "    preprocessing = Preprocessing(resize=16, crop=16)\n"
-        "    def __init__(self):\n"
-        "        torch.manual_seed(0)\n"
-        "        super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    run = tmp_path / "run"
-    extract(Settings(run, "val", str(tmp_path / "shards"), "gpu_network:Net", device="cpu", max_samples=3))  # one unit, in this process: the run exists
-
-    class OnItsGpu(cluster._Writer):
-        """The engine's actor, which notes the GPU it was given and computes on the CPU all the same."""
-
-        def __init__(self, make_writer):
-            (run, device) = make_writer.args
-            Path(run, f"gpu-{os.getpid()}").write_text(f"{device} {os.environ['CUDA_VISIBLE_DEVICES']}")
-            super().__init__(partial(UnitWriter, run, "cpu"))
-
-    monkeypatch.setattr(cluster, "_Writer", OnItsGpu)
-    store = Store(run)
-    manifest, census = store.manifest(), store.census("val")
-    store.write_census("val", type(census)(census.spec, census.kind, census.root, census.shards, None))
-    todo = store.todo("val", manifest.unit_samples)
-    assert len(todo) == UNITS - 1
-    decoder = Decoder(census.kind, census.root, manifest.preprocessing, manifest.classes)
-    with cluster.workers(decoder, partial(UnitWriter, run, "cuda"), manifest.threads, "cuda", "local", None, 3 * len(todo)) as stream:
-        receipts = list(stream(todo, 3))
-    assert sorted(r.stem for r in receipts) == sorted(unit.stem for unit in todo)
-    assert not any(r.fault for r in receipts)
-    assert store.progress("val").done == 3 * UNITS
-    assert sorted(note.read_text() for note in run.glob("gpu-*")) == ["cuda 0", "cuda 1"]
 
 
 RAY = """
@@ -214,3 +163,71 @@ def test_ray_starts_where_the_home_folder_cannot_be_written():
     script = "from jobs import servers; print(servers.start('local').is_initialized(), flush=True); servers.leave(0)"
     done = subprocess.run([sys.executable, "-c", script], env=tiny.surroundings(HOME="/proc"), capture_output=True, text=True, timeout=150)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+@pytest.fixture(scope="module")
+def two_gpus():
+    """Ray, started by this module's last tests, with two GPUs that nothing looks at and no CPU more than GPUs; gone afterwards."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="fl-", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_ADDRESS", "local")
+        ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
+
+
+@pytest.mark.processes
+def test_units_go_through_a_pool_of_gpu_actors_one_receipt_each(tmp_path, two_gpus, monkeypatch):
+    """Each engine has a GPU of its own, and each unit gives exactly one receipt and one file."""
+    for i in range(UNITS):
+        write_shard(tmp_path / "shards" / f"{i}.tar", [0, 1, 2], 3 * i, (16, 16))
+    (tmp_path / "gpu_network.py").write_text(
+        "import torch\n"
+        "from pipeline.samples import Preprocessing\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    preprocessing = Preprocessing(resize=16, crop=16)\n"
+        "    def __init__(self):\n"
+        "        torch.manual_seed(0)\n"
+        "        super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    extract(Settings(run, "val", str(tmp_path / "shards"), "gpu_network:Net", device="cpu", max_samples=3))  # one unit, in this process: the run exists
+
+    class OnItsGpu(cluster._Writer):
+        """The engine's actor, which notes the GPU it was given and computes on the CPU all the same."""
+
+        def __init__(self, make_writer):
+            (run, device) = make_writer.args
+            Path(run, f"gpu-{os.getpid()}").write_text(f"{device} {os.environ['CUDA_VISIBLE_DEVICES']}")
+            super().__init__(partial(UnitWriter, run, "cpu"))
+
+    monkeypatch.setattr(cluster, "_Writer", OnItsGpu)
+    store = Store(run)
+    manifest, census = store.manifest(), store.census("val")
+    store.write_census("val", type(census)(census.spec, census.kind, census.root, census.shards, None))
+    todo = store.todo("val", manifest.unit_samples)
+    assert len(todo) == UNITS - 1
+    decoder = Decoder(census.kind, census.root, manifest.preprocessing, manifest.classes)
+    with cluster.workers(decoder, partial(UnitWriter, run, "cuda"), manifest.threads, "cuda", "local", None, 3 * len(todo)) as stream:
+        receipts = list(stream(todo, 3))
+    assert sorted(r.stem for r in receipts) == sorted(unit.stem for unit in todo)
+    assert not any(r.fault for r in receipts)
+    assert store.progress("val").done == 3 * UNITS
+    assert sorted(note.read_text() for note in run.glob("gpu-*")) == ["cuda 0", "cuda 1"]
+
+
+@pytest.mark.processes
+def test_engines_that_cannot_start_end_the_job(tmp_path, two_gpus):
+    """On a node that does not see the run's folder, say: told in bounded time, in their own words."""
+    shard = write_shard(tmp_path / "0.tar", [0, 1, 2], 0, (16, 16))
+    source = open_source(str(shard))[0]
+    counted = source.census(shard.name)
+    unit = Unit("val", counted.name, 0, 3, counted.marks, counted.version)
+    decoder = Decoder(source.kind, source.root, Preprocessing(16, 16), 3)
+    with cluster.workers(decoder, partial(UnitWriter, tmp_path / "not-mounted", "cpu"), 1, "cpu", "local", None, 3) as stream, pytest.raises(Stopped) as stopped:
+        list(stream([unit], 3))
+    said = str(stopped.value).splitlines()
+    assert said[0].startswith(f"Ray stopped the job: --run: there is no run at {tmp_path / 'not-mounted'}") and said[1:] == ["what is done is kept; the same command resumes"]

@@ -84,20 +84,6 @@ def test_shards_that_break_during_the_job_and_a_slow_engine_hold_up_nobody(folde
     assert rows(run)["sample_id"] == [f"{i:05d}" for i in range(16)]
 
 
-def test_an_engine_that_cannot_start_ends_the_job(folder):
-    """Weights of the run that were damaged: said in one to three lines, in bounded time."""
-    source, run = folder / "plain", folder / "plain-run"
-    touchy(source / "a.tar", 6)
-    touchy(source / "b.tar", 6, 6)
-    command = ["extract", "--run", run, "--dataset", "val", "--source", source, "--model", "networks:Touchy"]
-    assert finished(folder, *command, "--max-samples", 1)[0] == 0
-    (run / "weights.safetensors").write_bytes(b"no weights")
-    code, stderr = finished(folder, *command, "--address", "local", seconds=180)
-    assert code == 4, stderr
-    assert strangers(stderr, "val") == []
-    assert len(ending(stderr).strip().splitlines()) <= 3 and "weights.safetensors" in ending(stderr), stderr
-
-
 # ---- the disk --------------------------------------------------------------------------------------------------------
 
 
