@@ -195,10 +195,36 @@ def header(kind: bytes, name: str, size: int) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def attribute(name: str, value: str, size: int = 2000) -> list[bytes]:
-    """A PAX attribute of a member that follows, and the header of that member."""
-    record = f"{len(name) + len(value) + 5} {name}={value}\n".encode()  # of two digits
-    return [header(tarfile.XHDTYPE, "x", len(record)), block(record), header(tarfile.REGTYPE, "y.jpg", size)]
+def record(name: str, value: str) -> bytes:
+    """One of PAX: its length in front, which counts itself."""
+    rest = len(f" {name}={value}\n")
+    length = next(n for n in range(rest, rest + 9) if len(str(n)) + rest == n)
+    return f"{length} {name}={value}\n".encode()
+
+
+def attribute(name: str, value: str, others: bytes = b"", size: int = 2000) -> list[bytes]:
+    """A PAX attribute, and others, of a member that follows, and the header of that member."""
+    said = record(name, value) + others
+    return [header(tarfile.XHDTYPE, "x", len(said)), block(said), header(tarfile.REGTYPE, "y.jpg", size)]
+
+
+def said_of_all(name: str, value: str) -> bytes:
+    said = record(name, value)
+    return header(tarfile.XGLTYPE, "g", len(said)) + block(said)
+
+
+def extended() -> bytes:
+    """The header of an old sparse member of GNU's, whose map goes on in the next block."""
+    content = bytearray(header(tarfile.GNUTYPE_SPARSE, "y.jpg", 0))
+    content[482] = 1
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content)
+    return bytes(content)
+
+
+def cut_short(path: Path, by: int) -> Path:
+    path.write_bytes(path.read_bytes()[:-by])
+    return path
 
 
 def block(content: bytes) -> bytes:
@@ -206,6 +232,7 @@ def block(content: bytes) -> bytes:
 
 
 END = r"a\.tar cannot be read to its end \(.*\): fetch it again or repack it"
+ENDLESS = r"a\.tar cannot be read to its end \(headers without end, or .* bytes of one, at byte \d+\): fetch it again or repack it"
 TWICE = r"the ID '.*' stands twice, in .* and in .*: .*(rename|follow each other)"
 TARS = [
     Refused("tar: a size that is negative", edited(124, b"\xff" * 12), END),
@@ -218,6 +245,12 @@ TARS = [
         for size in (-1, -1536)
     ),
     Refused("tar: an attribute of a negative size", raw_tar(header(tarfile.XHDTYPE, "x", -512), header(tarfile.REGTYPE, "y.jpg", 0)), END),
+    Refused("tar: a sparse map that goes on behind the end", lambda folder: cut_short(raw_tar(extended())(folder), 1024), END),
+    Refused("tar: a sparse map that goes on for ever", raw_tar(extended() + (bytes(504) + b"\1" + bytes(7)) * 9000, block(b"x")), ENDLESS),
+    Refused("tar: a sparse map of a million numbers", raw_tar(*attribute("GNU.sparse.major", "1", record("GNU.sparse.minor", "0"), 3 << 20), block(b"1000000\n" + b"0\n" * 1_500_000)), ENDLESS),
+    Refused("tar: two megabytes said of all", raw_tar(*(said_of_all(f"{i}", "v" * 500_000) + header(tarfile.REGTYPE, f"y{i}.jpg", 0) for i in range(4))), r"a\.tar cannot be read to its end \(headers without end, which speak of all members, before byte \d+\): fetch it again or repack it"),
+    Refused("tar: a name of two megabytes", raw_tar(header(tarfile.GNUTYPE_LONGNAME, "././@LongLink", 2 << 20) + block(b"n" * (2 << 20)), header(tarfile.REGTYPE, "y.jpg", 0)), ENDLESS),
+    Refused("tar: 2,000 members of one sample", tar(*((f"same.{i}", b"") for i in range(2000))), r"a\.tar cannot be read to its end \(more than 1000 members of the sample 'same'\): fetch it again"),
     Refused("tar: a sparse map that holds no numbers", raw_tar(*attribute("GNU.sparse.map", "a,b", size=512), block(b"x")), END),
     Refused("tar: a size beyond all disks", edited(124, b"\x80" + b"\0" * 3 + b"\xff" * 8), END),
     Refused("tar: a size that is no number", edited(124, b"size?" + b"\0" * 7), END),
@@ -226,7 +259,7 @@ TARS = [
     Refused("tar: an attribute without end", raw_tar(header(tarfile.XHDTYPE, "x", 512), block(b"0 path=a\n" * 20), header(tarfile.REGTYPE, "y.jpg", 0)), END),
     Refused("tar: an attribute of no length", raw_tar(header(tarfile.XHDTYPE, "x", 20), block(b"0 size=0\n00000000000"), header(tarfile.REGTYPE, "y.jpg", 0)), END),
     Refused("tar: attributes of nothing", raw_tar(header(tarfile.XHDTYPE, "x", 0)), END),
-    Refused("tar: a long link of a terabyte", raw_tar(header(tarfile.GNUTYPE_LONGLINK, "././@LongLink", 1 << 40), header(tarfile.REGTYPE, "y.jpg", 0)), r"a\.tar cannot be read to its end \(a header claims 1099511627776 bytes at byte \d+\): fetch it again"),
+    Refused("tar: a long link of a terabyte", raw_tar(header(tarfile.GNUTYPE_LONGLINK, "././@LongLink", 1 << 40), header(tarfile.REGTYPE, "y.jpg", 0)), r"a\.tar cannot be read to its end \(headers without end, or 1099511627776 bytes of one, at byte \d+\): fetch it again"),
     Refused("tar: 3,000 attributes of attributes", raw_tar((header(tarfile.XHDTYPE, "x", 10) + block(b"10 a=bcde\n")) * 3000, header(tarfile.REGTYPE, "y.jpg", 0)), r"a\.tar cannot be read to its end \(headers of headers, without end\): fetch it again"),
     Refused("tar: a long name of nothing", raw_tar(header(tarfile.GNUTYPE_LONGNAME, "././@LongLink", 600)), END),
     Refused("tar: a key that comes again later", tar(("g1.jpg", shards.photo(9)), ("g1.cls", b"1")), TWICE),

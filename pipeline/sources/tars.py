@@ -25,9 +25,10 @@ from pipeline.sources.files import MOST_BYTES  # a few kilobytes of gzip can sta
 MARK_EVERY = 128  # samples between two places from which reading can begin
 EMPTY = 10240  # bytes of a tar without members, all of them zeros
 PARKED = 4  # streams that a process keeps open
-FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError, MemoryError, RecursionError)  # what damaged archives make their reader raise
+FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, IndexError, OverflowError, MemoryError, RecursionError)  # what damaged archives make their reader raise
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-MOST_HEADER = 4 << 20  # bytes of what is said of one member, or of all
+MOST_HEADER = 1 << 20  # bytes of headers between two members, and of what is said of all that follow
+MOST_MEMBERS = 1000  # of one sample
 MOST_LABEL = 1 << 20  # bytes of a label that is held against the census
 Key = Callable[[tarfile.TarInfo], str]
 Which = Callable[[str], bool]
@@ -57,10 +58,10 @@ def key_of(path: str) -> tuple[str, str]:
 class Forward:
     """A binary file that tarfile reads, and that moves forward alone: headers may say otherwise, and would be read for ever. `last` is what the last read gave.
 
-    Raises ReadError where a header sends back, or claims more than `most` bytes of what is about to be read.
+    left: bytes that may be read until it is set again. Raises ReadError where headers send back, or are longer than that.
     """
 
-    most = MOST_HEADER
+    left = MOST_HEADER
 
     def __init__(self, path: str, offset: int):
         self.seekable = not is_gzip(path)
@@ -72,10 +73,11 @@ class Forward:
         return self.position
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= self.most:
-            raise tarfile.ReadError(f"a header claims {size} bytes at byte {self.position}")
+        if not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"headers without end, or {size} bytes of one, at byte {self.position}")
         self.last = self.file.read(size)
         self.position += len(self.last)
+        self.left -= len(self.last)
         return self.last
 
     def seek(self, position: int) -> None:
@@ -83,8 +85,8 @@ class Forward:
             raise tarfile.ReadError(f"a header before byte {self.position} sends back to byte {position}")
         if self.seekable:
             self.position = self.file.seek(position)
-        while self.position < position and self.read(min(1 << 20, position - self.position)):
-            pass
+        while self.position < position and (skipped := self.file.read(min(1 << 20, position - self.position))):
+            self.position += len(skipped)
 
 
 @dataclass
@@ -131,6 +133,7 @@ class Walk:
         group, number = Group(""), self.position - 1
         for member in self.tar:
             self.tar.members.clear()  # tarfile keeps every header it has seen
+            self.file.left = MOST_HEADER
             if member.size < 0:
                 raise tarfile.ReadError(f"a member of {member.size} bytes at byte {member.offset}")
             key = self.key(member)
@@ -139,13 +142,18 @@ class Walk:
             if key != group.key:
                 if group.key:
                     yield group
-                group, number = Group(key, {what: value for what, value in self.tar.pax_headers.items() if what != "comment"}), number + 1
+                said = {what: value for what, value in self.tar.pax_headers.items() if what != "comment"}
+                if sum(map(len, (*said, *said.values()))) > MOST_HEADER:
+                    raise tarfile.ReadError(f"headers without end, which speak of all members, before byte {member.offset}")
+                group, number = Group(key, said), number + 1
             group.members.append(member)
+            if len(group.members) > MOST_MEMBERS:
+                raise tarfile.ReadError(f"more than {MOST_MEMBERS} members of the sample '{key}'")
             wanted = number >= self.hold_from and member.size <= MOST_BYTES and self.holds(member.name) or member.size <= MOST_LABEL and self.labels(member.name)
             if member.isfile() and wanted:
-                self.file.most = MOST_BYTES
+                self.file.left = MOST_BYTES
                 group.contents[member.offset] = self.tar.extractfile(member).read()
-                self.file.most = MOST_HEADER
+                self.file.left = MOST_HEADER
         if group.key:
             yield group
 
@@ -155,7 +163,7 @@ class Walk:
         block = self.file.last
         if block != tarfile.NUL * tarfile.BLOCKSIZE:
             raise tarfile.ReadError(f"{'a damaged header' if block else 'no end mark'} at byte {self.tar.offset}")
-        while rest := self.file.read(1 << 20):
+        while rest := self.file.file.read(1 << 20):
             if rest.count(0) < len(rest):
                 raise tarfile.ReadError(f"more follows its end mark at byte {self.tar.offset}: several archives in one file are to be separate ones")
 
@@ -217,7 +225,7 @@ def count(path: str, key: Key, each: Callable[[int, Group], None], labels: Which
 
 
 def _why(fault: Exception) -> str:
-    words = {MemoryError: "a header claims more than memory holds", RecursionError: "headers of headers, without end", ValueError: "a number in a header is none"}
+    words = {MemoryError: "a header claims more than memory holds", RecursionError: "headers of headers, without end", ValueError: "a number in a header is none", IndexError: "a header is cut short"}
     return words.get(type(fault)) or printable(fault)[:200]
 
 
