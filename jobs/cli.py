@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -21,6 +21,7 @@ from jobs.environment import settle, spare_pandas
 from jobs.options import Actors, Address, Device, Format, Layers, Name, Record, RunOption, Seed, engines, said
 from jobs.progress import own_stdout, say, settle_streams, stages
 from pipeline.errors import BadRequest, Fault, Stopped, printable
+from pipeline.locks import IN_THE_WAY
 
 app = typer.Typer(name="faultline", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Which filters made an image classifier err, and which other images fail for the same reason.")
 statistics_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Statistics (mu and sigma of every filter) that runs are standardised by.")
@@ -275,6 +276,7 @@ def main() -> None:
     try:
         with nullcontext() if "--help" in sys.argv else own_stdout():
             code = _run()
+        with suppress(ValueError, AttributeError):  # a network may have closed it
             sys.stdout.flush()
     except Fault as fault:
         code = _end(str(fault), fault.exit_code)
@@ -312,7 +314,7 @@ def _unforeseen(defect: Exception) -> int:
     """A disk that refuses is the user's to mend; everything else is a defect of ours."""
     if isinstance(defect, OSError) and defect.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR):
         code = Stopped.exit_code if defect.errno in (errno.ENOSPC, errno.EDQUOT) else BadRequest.exit_code
-        return _end(f"{printable(defect.filename or 'a file')} cannot be used ({defect.strerror}): put that right and give the same command again", code)
+        return _end(f"{printable(defect.filename or 'a file')} cannot be used ({defect.strerror}): {'remove what lies there' if defect.errno in IN_THE_WAY else 'put that right'} and give the same command again", code)
     text = str(defect).strip().splitlines()
     return _end(f"a defect of faultline: {type(defect).__name__}: {printable(text[0] if text else '')[:300]}\nFAULTLINE_DEBUG=1 shows where; what is done is kept", 1)
 

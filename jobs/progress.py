@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import time
@@ -47,7 +46,8 @@ def settle_streams() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free; of a process that is started, too
-    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
+    sys.__stdout__ = sys.__stdout__ or open(1, "w", encoding="utf-8", closefd=False)
+    sys.stdout = sys.stdout or sys.__stdout__
     sys.__stderr__ = sys.__stderr__ or open(2, "w", encoding="utf-8", closefd=False)
     sys.stderr = Unheard(sys.stderr or sys.__stderr__)
 
@@ -59,7 +59,7 @@ _results: TextIO | None = None  # stdout, while `own_stdout` keeps it
 def own_stdout() -> Iterator[None]:
     """stdout for results alone, which `results` gives: whatever else is written, by the code of a network say, in C or by a process that it starts, goes to stderr.
 
-    Raises OSError if the results cannot be written.
+    The process's own descriptor 1 is not given back: what threads, C and other processes still have to say is no result either. Raises OSError if the results cannot be written.
     """
     global _results
     before, own = (_results, sys.stdout), sys.stdout is sys.__stdout__
@@ -67,18 +67,14 @@ def own_stdout() -> Iterator[None]:
         sys.stdout.flush()
         _results = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # which no other process inherits
         os.dup2(2, 1)
+        sys.stdout = Unheard(open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False))  # which may be closed
     else:
-        _results = sys.stdout
-    sys.stdout = sys.stderr
+        _results, sys.stdout = sys.stdout, sys.stderr
     try:
         yield
         _results.flush()
     finally:
         if own:
-            with suppress(OSError):
-                sys.__stdout__.flush()
-            ctypes.CDLL(None).fflush(None)  # what C has buffered is no result either
-            os.dup2(_results.fileno(), 1)
             with suppress(OSError):
                 _results.close()
         _results, sys.stdout = before

@@ -49,7 +49,14 @@ def test_what_a_network_writes_past_python_is_no_result_either(mine):
     assert tiny.call("index", "--run", mine.run).code == 0
     ended = tiny.process("explain", "val:00001", "--run", mine.run, "--format", "json", "--device", "cpu", "--out", mine.run.parent / "map.png")
     assert ended.code == 0 and ended.json["sample_id"] == "00001", ended.err
-    assert {"printed", "underscored", "described", "formatted", "echoed"} <= set(ended.err.split())
+    assert {"printed", "underscored", "described", "formatted", "echoed", "threaded"} <= set(ended.err.split())
+
+
+def test_a_network_that_closes_stdout_closes_only_its_own(mine):
+    """What it has left to say is lost, what the job has to say is not."""
+    ended = tiny.process("extract", "--run", mine.run, "--dataset", "val", "--source", mine.sources / "val", "--model", "tiny:slamming", "--force")
+    assert ended.code == 0 and ended.out == "" and "60 of 60 images" in ended.err and "Traceback" not in ended.err, ended.err
+    assert Store(mine.run).progress("val").done == 60
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>&- <&-"])

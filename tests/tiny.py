@@ -12,6 +12,8 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
+from time import sleep
 from unittest import mock
 
 import numpy as np
@@ -101,7 +103,13 @@ def loud(logits: torch.Tensor) -> torch.Tensor:
 
 
 def shouting() -> nn.Module:
+    """From a thread that goes on when the network is done, too."""
+    Thread(target=lambda: [print("threaded", flush=True) or sleep(0.005) for _ in range(1500)], daemon=True).start()
     return Broken(loud)
+
+
+def slamming() -> nn.Module:
+    return Broken(lambda logits: (sys.stdout.close(), logits)[1])
 
 
 def zeros() -> nn.Module:

@@ -84,6 +84,8 @@ class Forward:
         if position < self.position:
             raise tarfile.ReadError(f"a header before byte {self.position} sends back to byte {position}")
         if self.seekable:
+            if position > os.fstat(self.file.fileno()).st_size:
+                raise tarfile.ReadError("unexpected end of data")
             self.position = self.file.seek(position)
         while self.position < position and (skipped := self.file.read(min(1 << 20, position - self.position))):
             self.position += len(skipped)
@@ -134,8 +136,8 @@ class Walk:
         for member in self.tar:
             self.tar.members.clear()  # tarfile keeps every header it has seen
             self.file.left = MOST_HEADER
-            if member.size < 0:
-                raise tarfile.ReadError(f"a member of {member.size} bytes at byte {member.offset}")
+            if member.size < 0 or not _fits(member.sparse or [], member.size):
+                raise tarfile.ReadError(f"a member of {member.size} bytes at byte {member.offset}" + " whose map of holes is none" * bool(member.sparse))
             key = self.key(member)
             if not key:
                 continue
@@ -169,6 +171,12 @@ class Walk:
 
     def close(self) -> None:
         self.file.file.close()
+
+
+def _fits(pieces: list[tuple[int, int]], size: int) -> bool:
+    """Whether pieces (offset, bytes) of a sparse member follow each other within it."""
+    ends = [0, *(offset + length for offset, length in pieces)]
+    return ends[-1] <= size and all(length >= 0 and offset >= end for (offset, length), end in zip(pieces, ends))
 
 
 def fingerprint(path: str) -> str:
