@@ -14,6 +14,7 @@ import shards
 import tiny
 from PIL import Image
 
+from pipeline import failpoints
 from pipeline.store import Store, saliency_of
 
 
@@ -326,14 +327,14 @@ def test_a_run_where_nobody_can_write_is_refused(mine):
     assert "--run: /proc/self/run cannot be written" in message
 
 
-def test_a_disk_that_refuses_stops_the_job_and_the_same_command_resumes(mine, small):
+def test_a_disk_that_refuses_stops_the_job_and_the_same_command_resumes(mine, small, tmp_path, monkeypatch):
     assert mine.extract("val", "--shards", 1).code == 0
-    shutil.move(mine.run / "profiles", mine.run / "kept")
-    (mine.run / "profiles").write_text("a file in the way")
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "0.json").write_text('{"point": "profiles.written", "action": "error", "errno": "EROFS", "times": null}')
+    monkeypatch.setenv(failpoints.VARIABLE, str(tmp_path / "plan"))
     ended = mine.extract("val")
     assert ended.code == 4 and "cannot be written" in ended.err and "the same command resumes" in ended.err and "Traceback" not in ended.err
-    (mine.run / "profiles").unlink()
-    shutil.move(mine.run / "kept", mine.run / "profiles")
+    monkeypatch.delenv(failpoints.VARIABLE)
     assert mine.extract("val").code == 0 and table_of(mine.run) == table_of(small.run)
 
 
