@@ -233,6 +233,7 @@ def block(content: bytes) -> bytes:
 
 END = r"a\.tar cannot be read to its end \(.*\): fetch it again or repack it"
 ENDLESS = r"a\.tar cannot be read to its end \(headers without end, or .* bytes of one, at byte \d+\): fetch it again or repack it"
+SAID = r"a\.tar cannot be read to its end \(headers without end, which speak of all members, before byte \d+\): fetch it again or repack it"
 TWICE = r"the ID '.*' stands twice, in .* and in .*: .*(rename|follow each other)"
 TARS = [
     Refused("tar: a size that is negative", edited(124, b"\xff" * 12), END),
@@ -248,7 +249,10 @@ TARS = [
     Refused("tar: a sparse map that goes on behind the end", lambda folder: cut_short(raw_tar(extended())(folder), 1024), END),
     Refused("tar: a sparse map that goes on for ever", raw_tar(extended() + (bytes(504) + b"\1" + bytes(7)) * 9000, block(b"x")), ENDLESS),
     Refused("tar: a sparse map of a million numbers", raw_tar(*attribute("GNU.sparse.major", "1", record("GNU.sparse.minor", "0"), 3 << 20), block(b"1000000\n" + b"0\n" * 1_500_000)), ENDLESS),
-    Refused("tar: two megabytes said of all", raw_tar(*(said_of_all(f"{i}", "v" * 500_000) + header(tarfile.REGTYPE, f"y{i}.jpg", 0) for i in range(4))), r"a\.tar cannot be read to its end \(headers without end, which speak of all members, before byte \d+\): fetch it again or repack it"),
+    *(
+        Refused(f"tar: {what} said of all", raw_tar(*(said_of_all(f"{i}", "v" * length) + header(tarfile.REGTYPE, f"y{i}.jpg", 0) for i in range(times))), SAID)
+        for what, length, times in (("100 kilobytes", 50_000, 2), ("100 attributes", 1, 100))
+    ),
     Refused("tar: a name of two megabytes", raw_tar(header(tarfile.GNUTYPE_LONGNAME, "././@LongLink", 2 << 20) + block(b"n" * (2 << 20)), header(tarfile.REGTYPE, "y.jpg", 0)), ENDLESS),
     Refused("tar: 2,000 members of one sample", tar(*((f"same.{i}", b"") for i in range(2000))), r"a\.tar cannot be read to its end \(more than 1000 members of the sample 'same'\): fetch it again"),
     *(

@@ -27,7 +27,8 @@ EMPTY = 10240  # bytes of a tar without members, all of them zeros
 PARKED = 4  # streams that a process keeps open
 FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, IndexError, OverflowError, MemoryError, RecursionError)  # what damaged archives make their reader raise
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-MOST_HEADER = 1 << 20  # bytes of headers between two members, and of what is said of all that follow
+MOST_HEADER = 1 << 20  # bytes of headers between two members
+MOST_SAID = 64  # attributes of all members that follow, of a kibibyte each: every member has a copy of them
 MOST_MEMBERS = 1000  # of one sample
 MOST_LABEL = 1 << 20  # bytes of a label that is held against the census
 Key = Callable[[tarfile.TarInfo], str]
@@ -138,16 +139,17 @@ class Walk:
             self.file.left = MOST_HEADER
             if member.size < 0 or not _fits(member.sparse or [], member.size):
                 raise tarfile.ReadError(f"a member of {member.size} bytes at byte {member.offset}" + " whose map of holes is none" * bool(member.sparse))
+            said = self.tar.pax_headers
+            if len(said) > MOST_SAID or sum(map(len, (*said, *said.values()))) > MOST_SAID << 10:
+                raise tarfile.ReadError(f"headers without end, which speak of all members, before byte {member.offset}")
+            member.pax_headers = {}
             key = self.key(member)
             if not key:
                 continue
             if key != group.key:
                 if group.key:
                     yield group
-                said = {what: value for what, value in self.tar.pax_headers.items() if what != "comment"}
-                if sum(map(len, (*said, *said.values()))) > MOST_HEADER:
-                    raise tarfile.ReadError(f"headers without end, which speak of all members, before byte {member.offset}")
-                group, number = Group(key, said), number + 1
+                group, number = Group(key, {what: value for what, value in said.items() if what != "comment"}), number + 1
             group.members.append(member)
             if len(group.members) > MOST_MEMBERS:
                 raise tarfile.ReadError(f"more than {MOST_MEMBERS} members of the sample '{key}'")
