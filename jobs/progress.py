@@ -73,11 +73,26 @@ def own_stdout() -> Iterator[None]:
     try:
         yield
         _results.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as fault:
+        if fault.filename or _flushes(_results):
+            raise
+        raise OSError(fault.errno, fault.strerror, "stdout") from None
     finally:
         if own:
             with suppress(OSError):
                 _results.close()
         _results, sys.stdout = before
+
+
+def _flushes(stream: TextIO) -> bool:
+    """Whether what it was given reaches its file."""
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 def results() -> TextIO:

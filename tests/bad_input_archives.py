@@ -256,8 +256,8 @@ TARS = [
     Refused("tar: a name of two megabytes", raw_tar(header(tarfile.GNUTYPE_LONGNAME, "././@LongLink", 2 << 20) + block(b"n" * (2 << 20)), header(tarfile.REGTYPE, "y.jpg", 0)), ENDLESS),
     Refused("tar: 2,000 members of one sample", tar(*((f"same.{i}", b"") for i in range(2000))), r"a\.tar cannot be read to its end \(more than 1000 members of the sample 'same'\): fetch it again"),
     *(
-        Refused(f"tar: a sparse map of {pieces}", raw_tar(*attribute("GNU.sparse.map", pieces, record("GNU.sparse.size", "512"), 512), block(b"x")), r"a\.tar cannot be read to its end \(a member of 512 bytes at byte \d+ whose map of holes is none\): fetch it again")
-        for pieces in ("0,-512", "-512,512", "100,100,0,100", "0,1024")
+        Refused(f"tar: a sparse map of {pieces[:20]}", raw_tar(*attribute("GNU.sparse.map", pieces, record("GNU.sparse.size", "512"), 512), block(b"x")), r"a\.tar cannot be read to its end \(a member of 512 bytes at byte \d+ whose map of holes is none\): fetch it again")
+        for pieces in ("0,-512", "-512,512", "100,100,0,100", "0,1024", ",".join(f"{i // 3},0" for i in range(1500)))
     ),
     Refused("tar: a sparse map that holds no numbers", raw_tar(*attribute("GNU.sparse.map", "a,b", size=512), block(b"x")), END),
     Refused("tar: a size beyond all disks", edited(124, b"\x80" + b"\0" * 3 + b"\xff" * 8), END),

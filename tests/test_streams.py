@@ -59,6 +59,12 @@ def test_a_network_that_closes_stdout_closes_only_its_own(mine):
     assert Store(mine.run).progress("val").done == 60
 
 
+@pytest.mark.parametrize("words", [["query", "val:00001"], ["status", "--format", "json"]])
+def test_results_that_find_no_room_are_said_to_be_lost(small, words):
+    done = subprocess.run(["/bin/bash", "-c", 'exec "$@" >/dev/full', "bash", tiny.COMMAND, *words, "--run", str(small.run)], capture_output=True, text=True, env=tiny.surroundings(), timeout=60)
+    assert done.returncode == 4 and done.stderr == "faultline: stdout cannot be used (No space left on device): put that right and give the same command again\n"
+
+
 @pytest.mark.parametrize("redirection", ["2>&-", "2>&- <&-"])
 def test_what_is_asked_of_another_process_is_answered_though_stderr_is_closed(redirection):
     """Its words do not get among its answer."""

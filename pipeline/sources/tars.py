@@ -27,9 +27,10 @@ EMPTY = 10240  # bytes of a tar without members, all of them zeros
 PARKED = 4  # streams that a process keeps open
 FAULTS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, IndexError, OverflowError, MemoryError, RecursionError)  # what damaged archives make their reader raise
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-MOST_HEADER = 1 << 20  # bytes of headers between two members
+MOST_HEADER = 1 << 19  # bytes of headers between two members
 MOST_SAID = 64  # attributes of all members that follow, of a kibibyte each: every member has a copy of them
 MOST_MEMBERS = 1000  # of one sample
+MOST_PIECES = 1000  # of a sparse member
 MOST_LABEL = 1 << 20  # bytes of a label that is held against the census
 Key = Callable[[tarfile.TarInfo], str]
 Which = Callable[[str], bool]
@@ -158,6 +159,7 @@ class Walk:
                 self.file.left = MOST_BYTES
                 group.contents[member.offset] = self.tar.extractfile(member).read()
                 self.file.left = MOST_HEADER
+            member.sparse = None
         if group.key:
             yield group
 
@@ -176,9 +178,9 @@ class Walk:
 
 
 def _fits(pieces: list[tuple[int, int]], size: int) -> bool:
-    """Whether pieces (offset, bytes) of a sparse member follow each other within it."""
+    """Whether pieces (offset, bytes) of a sparse member follow each other within it, and are no more than a file of images has."""
     ends = [0, *(offset + length for offset, length in pieces)]
-    return ends[-1] <= size and all(length >= 0 and offset >= end for (offset, length), end in zip(pieces, ends))
+    return len(pieces) <= MOST_PIECES and ends[-1] <= size and all(length >= 0 and offset >= end for (offset, length), end in zip(pieces, ends))
 
 
 def fingerprint(path: str) -> str:
