@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import subprocess
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
@@ -71,6 +72,26 @@ def test_strange_names_are_stored_as_text(tmp_path, format):
     got = of_tar(tmp_path, [member for name in names for member in ((f"{name}.jpg", b"J"), (f"{name}.cls", b"1"))], format=format)
     assert [s.sample_id for s in got] == ["two\nlines", "abc\u202egnp", "caf\\xe9", "long/" * 60 + "x"]
     assert [s.sample_id.encode() for s in got] and all(s.fault is None for s in got)
+
+
+@pytest.mark.parametrize("how", ["gnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1", "posix --sparse-version=1.0"])
+def test_holes_of_a_sparse_member_are_zeros(tmp_path, how):
+    """As `tar --sparse` packs files that have some, in each of its four ways."""
+    if b"GNU tar" not in subprocess.run(["tar", "--version"], capture_output=True).stdout:
+        pytest.skip("the tar of this system is not GNU's")
+    for i in range(3):
+        with open(tmp_path / f"{i}.jpg", "wb") as file:
+            for piece in range(i * 3):  # none, and more than a header has room for
+                file.seek(piece << 17)
+                file.write(b"J" * 5000)
+            file.truncate(1 << 20)
+        (tmp_path / f"{i}.cls").write_bytes(b"1")
+    names = [f"{i}.{end}" for i in range(3) for end in ("jpg", "cls")]
+    subprocess.run(["tar", "-C", tmp_path, "--sparse", *f"--format={how}".split(), "-cf", tmp_path / "a.tar", *names], check=True)
+    assert (tmp_path / "a.tar").stat().st_size < 1 << 19, "it has holes"
+    source, shard = open_source(str(tmp_path / "a.tar"))
+    got = shards.samples(source, *shard)
+    assert [s.image for s in got] == [(tmp_path / f"{i}.jpg").read_bytes() for i in range(3)]
 
 
 def test_hidden_and_special_members_are_no_part_of_a_sample(tmp_path):

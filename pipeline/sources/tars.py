@@ -179,8 +179,9 @@ class Walk:
 
 def _fits(pieces: list[tuple[int, int]], size: int) -> bool:
     """Whether pieces (offset, bytes) of a sparse member follow each other within it, and are no more than a file of images has."""
-    ends = [0, *(offset + length for offset, length in pieces)]
-    return len(pieces) <= MOST_PIECES and ends[-1] <= size and all(length >= 0 and offset >= end for (offset, length), end in zip(pieces, ends))
+    held = [piece for piece in pieces if piece[1]]  # GNU's old header has room for four, and zeros for those that it lacks
+    ends = [0, *(offset + length for offset, length in held)]
+    return len(pieces) <= MOST_PIECES and ends[-1] <= size and all(length > 0 and offset >= end for (offset, length), end in zip(held, ends))
 
 
 def fingerprint(path: str) -> str:
