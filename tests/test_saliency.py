@@ -2,10 +2,6 @@
 
 import copy
 import functools
-import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import oracles
@@ -330,29 +326,3 @@ def test_rounding_at_a_kink_is_no_objection():
     assert fused._errors(network, layout, images[:1], label)[0] > fused.TOLERANCE, "the case is one"
     assert choose_engine(network, images) == ("fused", "every 4-D weight is used in one convolution")
     assert all(value.dtype == before[name].dtype and torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's malloc")
-@pytest.mark.parametrize("prepared", [True, False])
-def test_a_process_that_computes_gets_its_memory_from_the_system_once(prepared):
-    """As it does not by itself, where three maps of 30 MiB are freed last to first: their 23,040 pages come and go."""
-    script = """
-import ctypes, resource, sys
-from pipeline.saliency import prepare_process
-libc, size = ctypes.CDLL(None), 30 << 20
-libc.malloc.restype = ctypes.c_void_p
-if sys.argv[1:]:
-    prepare_process(1, "fp32")
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for i in range(20):
-    if i == 10:
-        before = faults()
-    maps = [ctypes.c_void_p(libc.malloc(size)) for _ in range(3)]
-    for place in maps:
-        ctypes.memset(place, 1, size)
-    for place in reversed(maps):
-        libc.free(place)
-print(faults() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", script, *["prepare"] * prepared], check=True, cwd=Path(__file__).parents[1], timeout=120, capture_output=True, text=True)
-    assert int(done.stdout) < 100 if prepared else int(done.stdout) > 50_000

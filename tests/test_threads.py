@@ -1,7 +1,9 @@
-"""OpenMP may promise threads and not give them, by which torch's convolutions come out wrong: they are had, or nothing is computed."""
+"""What a process that computes asks of its system. OpenMP may promise threads and not give them, by which torch's convolutions come out wrong: they are had, or nothing is computed. Memory is got once."""
 
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -65,3 +67,29 @@ def test_the_command_gives_the_same_bits_whatever_openmp_is_told(small, tmp_path
     assert ended.code == 0, ended.err
     for file in Store(small.run).files("val"):
         assert pq.read_table(file).equals(pq.read_table(tmp_path / "run/profiles/val" / file.name))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's malloc")
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_process_that_computes_gets_its_memory_from_the_system_once(prepared):
+    """As it does not by itself, where three maps of 30 MiB are freed last to first: their 23,040 pages come and go."""
+    script = """
+import ctypes, resource, sys
+from pipeline.saliency import prepare_process
+libc, size = ctypes.CDLL(None), 30 << 20
+libc.malloc.restype = ctypes.c_void_p
+if sys.argv[1:]:
+    prepare_process(1, "fp32")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for i in range(20):
+    if i == 10:
+        before = faults()
+    maps = [ctypes.c_void_p(libc.malloc(size)) for _ in range(3)]
+    for place in maps:
+        ctypes.memset(place, 1, size)
+    for place in reversed(maps):
+        libc.free(place)
+print(faults() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, *["prepare"] * prepared], check=True, cwd=Path(__file__).parents[1], timeout=120, capture_output=True, text=True)
+    assert int(done.stdout) < 100 if prepared else int(done.stdout) > 50_000
