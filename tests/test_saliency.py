@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -254,6 +256,26 @@ class Largest(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self.numbers = max(self.numbers, value.numel())
         return result
+
+
+@settings(max_examples=60)
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)), stride=st.tuples(st.integers(1, 3), st.integers(1, 2)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)), dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    groups=st.integers(1, 3), channels=st.tuples(st.integers(1, 3), st.integers(1, 3)), count=st.integers(1, 5), side=st.tuples(st.integers(5, 9), st.integers(5, 9)), last=st.tuples(st.booleans(), st.booleans()), positions=st.sampled_from([0, 1000]),
+)
+def test_products_of_a_layer_in_either_layout(kernel, stride, padding, dilation, groups, channels, count, side, last, positions):
+    """By both ways, each map plain or channels-last: each sample's weight gradient by autograd, in float64."""
+    torch.manual_seed(count)
+    weight = torch.randn(channels[0] * groups, channels[1], *kernel, dtype=torch.float64, requires_grad=True)
+    input = torch.randn(count, channels[1] * groups, *side, dtype=torch.float64)
+    output = torch.nn.functional.conv2d(input, weight, None, stride, padding, dilation, groups)
+    gradient = torch.randn_like(output)
+    truth = [torch.autograd.grad(output[i], weight, gradient[i], retain_graph=True)[0].flatten(1).abs().mean(1) for i in range(count)]
+    saw, gave = (t.float().contiguous(memory_format=torch.channels_last if cl else torch.contiguous_format) for t, cl in zip((input, gradient), last))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "FEWER_POSITIONS", positions)
+        found = products.by_products(saw, gave, weight.shape, stride, padding, dilation, groups, "abs")
+    assert oracles.relative_errors(found, torch.stack(truth).numpy()).max() < 1e-5
 
 
 @pytest.mark.parametrize("matrices", [True, False], ids=["im2col", "grouped convolution"])

@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Timings, as
 @app.command()
 def engine(
     networks: Annotated[Optional[str], typer.Option("--models", help="Names of networks, separated by commas. Default: resnet50,vgg19,densenet121,mobilenet_v2,resnet56.")] = None,
-    engines: Annotated[Optional[str], typer.Option(help="Of step, step-folded, fused, vmap, loop, fused-unfolded, and the peers opacus-hooks, opacus-functorch, opacus-ew, backpack (pip install 'faultline[bench]'). Default: the first five.")] = None,
+    engines: Annotated[Optional[str], typer.Option(help="Of step, step-folded, fused, vmap, loop, step-teams, step-plain, fused-unfolded, and the peers opacus-hooks, opacus-functorch, opacus-ew, backpack (pip install 'faultline[bench]'). Default: the first five.")] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: that of a run.")] = None,
     device: Device = None,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "fp32",

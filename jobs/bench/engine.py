@@ -1,9 +1,10 @@
 """`faultline bench engine`: what filter saliency costs beside one plain training step of the same network, batch, device and precision.
 
 Every contender takes its turn in every round of one process, so that whatever else the machine does meets them all; medians are compared.
-The floor, `step`, is one batched forward and backward with the gradients of all parameters; `step-folded` is the same on the network with its
-BatchNorms folded into its convolutions, an advantage that no training step has. `loop` is one image at a time, as the authors' code does it.
-`fused-unfolded` and the peers (`peers.py`) are asked for by name. A contender that cannot do a network is told, with its own words, and left out of that network.
+The floor, `step`, is one batched forward and backward with the gradients of all parameters, its maps channels-last as the engine's where the network takes them so. Advantages that the engine takes and no
+training step has are given to it one by one: `step-folded`, BatchNorms folded into convolutions, and `step-teams`, the batch in parts that are computed side by side. `step-plain` has maps as they come.
+`loop` is one image at a time, as the authors' code does it, and has the faster of both layouts, as `vmap` and the peers do (`peers.py`). What is not among the first is asked for by name.
+A contender that cannot do a network is told, with its own words, and left out of that network.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from jobs.progress import say
 from pipeline import models
 from pipeline.errors import BadRequest, printable
 from pipeline.saliency import make_engine, prepare_process
-from pipeline.saliency.fused import objection
+from pipeline.saliency.fused import objection, takes_channels_last
 from pipeline.saliency.loss import cross_entropy
 from pipeline.saliency.replays import Replays
+from pipeline.saliency.teams import Teams
 from pipeline.saliency.vmap import reduce_filters
 
 MODELS = ("resnet50", "vgg19", "densenet121", "mobilenet_v2", "resnet56")
 SIZES = {"inception_v3": 299}  # pixels; CIFAR's networks have 32, all others 224
 CONTENDERS = ("step", "step-folded", "fused", "vmap", "loop")
-ASKED = ("fused-unfolded", *PEERS)  # for by name alone
+STEPS = ("step", "step-folded", "step-teams", "step-plain")
+ASKED = ("step-teams", "step-plain", "fused-unfolded", *PEERS)  # for by name alone
 CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)  # of vmap, of which the fastest is taken
 WITNESSES = 2  # images that the error is measured on
 
@@ -70,6 +73,8 @@ def bench_engine(names: list[str], batch_size: int | None, device: str | None, p
     strange = [c for c in contenders if c not in known]
     if strange:
         raise BadRequest(f"--engines: '{printable(strange[0])}' is not one of {', '.join(known)}")
+    if "step-teams" in contenders and device != "cpu":
+        raise BadRequest("--engines: step-teams is for CPUs alone; leave it out")
     networks = {name: built(name) for name in names}  # a mistyped name is told before anything is measured
     prepare_process(cluster.threads_of_an_engine(), precision)
     return [row for name in names for row in _network(name, networks.pop(name), batch_size, device, precision, rounds, contenders)]
@@ -91,7 +96,7 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
             except BadRequest:
                 raise
             except Exception as fault:  # whatever a peer raises, or a network in it
-                if c in ("step", "step-folded"):
+                if c in STEPS:
                     raise
                 say(f"{name}: {c} cannot do it ({printable((str(fault).splitlines() or [type(fault).__name__])[0])[:160]})")
         seconds: dict[str, list[float]] = {c: [] for c in chosen}
@@ -102,7 +107,7 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
                 chosen[c](images, labels)
                 seconds[c].append(_now(device) - start)
             say(f"{name}: round {turn + 1} of {rounds}, " + ", ".join(f"{c} {len(images) / seconds[c][-1]:,.1f}/s" for c in order))
-        found = {c: chosen[c](images, labels)[:WITNESSES] for c in chosen if c not in ("step", "step-folded")}
+        found = {c: chosen[c](images, labels)[:WITNESSES] for c in chosen if c not in STEPS}
     errors = _errors(network, images[:WITNESSES], labels[:WITNESSES], found)
     middle = {c: statistics.median(times) for c, times in seconds.items()}
     return [Row(name, c, device, precision, len(images), len(images) / middle[c], middle[c] / middle["step"], peaks[c], errors.get(c)) for c in chosen]
@@ -134,30 +139,61 @@ def subject(name: str, network: torch.nn.Module, batch_size: int | None, device:
 
 
 def _contender(name: str, network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Contender:
-    """What takes (images, labels) and computes, s̄ [B, F] but for the two steps. All but the engines have a copy of the network."""
+    """What takes (images, labels) and computes, s̄ [B, F] but for the steps. All but the engines have a copy of the network."""
     if name in ("fused", "fused-unfolded"):
         return _fused(network, images, name == "fused")
     if name == "vmap":
-        return _vmap(network, images, labels)
+        return _in_the_faster_layout(lambda own: _vmap(own, images, labels), network, images, labels)
     if name in PEERS:
-        return peer(name, network)
+        return _in_the_faster_layout(lambda own: peer(name, own), network, images, labels)
+    if name == "loop":
+        return _in_the_faster_layout(lambda own: _loop(own.requires_grad_(True)), network, images, labels)
     own = copy.deepcopy(network)
     if name == "step-folded":
         own = folded(own)
-    own.requires_grad_(True)
-    return _loop(own) if name == "loop" else _step(own, images)
+    return _step(own.requires_grad_(True), images, name)
 
 
-def _step(network: torch.nn.Module, images: torch.Tensor) -> Contender:
-    """On a GPU with what the engine has there too: maps channels-last, and one CUDA graph that is replayed."""
-    if not images.is_cuda:
-        return lambda images, labels: step(network, images, labels)
-    network.to(memory_format=torch.channels_last)
+def _in_the_faster_layout(make: Callable[[torch.nn.Module], Contender], network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Contender:
+    """Made of a copy of the network with maps as they come, or channels-last, whichever takes less time for a batch. On a GPU as they come."""
+    plain = make(copy.deepcopy(network))
+    if images.is_cuda or not takes_channels_last(network, images[:1]):
+        return plain
+    seconds: dict[Contender, float] = {}
+    try:
+        inner = make(copy.deepcopy(network).to(memory_format=torch.channels_last))
+        last = lambda images, labels: inner(images.contiguous(memory_format=torch.channels_last), labels)  # noqa: E731
+        for run in (plain, last):
+            run(images[:1], labels[:1])
+            start = time.perf_counter()
+            run(images, labels)
+            seconds[run] = time.perf_counter() - start
+    except Exception:  # what plain raises is told where it is run next
+        return plain
+    return min(seconds, key=seconds.get)
+
+
+def _step(network: torch.nn.Module, images: torch.Tensor, name: str) -> Contender:
+    """With what the engine has: maps channels-last, and on a GPU one CUDA graph that is replayed."""
+    if name != "step-plain" and takes_channels_last(network, images[:1]):
+        layout = torch.channels_last
+        network.to(memory_format=layout)
+    else:
+        layout = torch.contiguous_format
 
     def compute(images: torch.Tensor, labels: torch.Tensor) -> tuple:
-        step(network, images.contiguous(memory_format=torch.channels_last), labels)
+        step(network, images.contiguous(memory_format=layout), labels)
         return ()
 
+    def gradients(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        loss = cross_entropy(network(images.contiguous(memory_format=layout)).float(), labels).sum()
+        return tuple(g[None] for g in torch.autograd.grad(loss, list(network.parameters())))
+
+    if name == "step-teams":
+        teams = Teams(network)
+        return lambda images, labels: [g.sum(0) for g in teams(gradients, images, labels)]
+    if not images.is_cuda:
+        return compute
     replays = Replays()
     return lambda images, labels: replays(compute, images, labels)
 
@@ -220,7 +256,7 @@ def _errors(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor
     if not found:
         return {}
     exact = copy.deepcopy(network).double()
-    truth = _contender("loop", exact, images, labels)(images.double(), labels)
+    truth = _loop(exact.requires_grad_(True))(images.double(), labels)
     return {c: float(((s.double() - truth).norm(dim=1) / truth.norm(dim=1)).max()) for c, s in found.items()}
 
 

@@ -22,7 +22,7 @@ from pipeline.errors import BadRequest, Stopped, printable
 from pipeline.filters import FilterLayout
 from pipeline.saliency.threads import have_threads
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # as glibc's malloc.h numbers them
 
 
 class Saliency(NamedTuple):
@@ -114,3 +114,4 @@ def prepare_process(threads: int, precision: str) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(MMAP_THRESHOLD, 2**25)  # the most that it takes: larger ones go back, and leave no holes
+        libc.mallopt(ARENA_MAX, 1)  # of all threads: those of their own are given back whatever the threshold says

@@ -26,14 +26,18 @@ from pipeline.saliency import Saliency, is_memory, kernels
 from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Fold, Norm, folds, leaves, looks_only
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
-from pipeline.saliency.products import filter_saliency
+from pipeline.saliency.products import filter_saliency, is_channels_last, layout_of
 from pipeline.saliency.replays import Replays
+from pipeline.saliency.teams import Teams
 from pipeline.saliency.twice import twice_differentiable
 
 TOLERANCE = 1e-3  # relative, between one image's s̄ here and by autograd, over all filters; in float64 over any layer's
 COARSE = 1e-2  # over any layer's in float32
 NOTHING = 1e-10  # of all of s̄: a layer with less has rounding alone
 ROWS = 2  # images that are held against autograd
+
+
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class Objection(RuntimeError):
@@ -49,22 +53,33 @@ class FusedEngine:
         self.weights = [p for p in network.parameters() if p.dim() == 4]
         self.folds: dict[int, Fold] | None = None
         self.channels_last = False
-        self.replays = Replays()
+        self.replays, self.teams = Replays(), Teams(network)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         """Raises Objection if a weight is used in a way that this engine does not see (never returns a partial answer).
 
-        BatchNorms are folded at the first call; weights must not change after it. On a GPU the second batch of a shape is recorded, and it and all later ones are replays.
+        BatchNorms are folded at the first call; weights must not change after it. On a GPU the second batch of a shape is recorded, and it and all later ones are replays; on a CPU
+        a batch is done in parts.
         """
-        if images.is_cuda and len(images):
+        if not len(images):
+            return self.once(images, labels)
+        if images.is_cuda:
             return Saliency(*self.replays(self.once, images, labels))
-        return self.once(images, labels)
+        self._prepare(images)
+        with _frozen(self.network):
+            return Saliency(*self.teams(self._computed, images, labels))
 
     def once(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
-        """The same, never recorded: for batches that will not come again."""
+        """The same as one batch that is never recorded: for those that will not come again."""
+        self._prepare(images)
+        with _frozen(self.network):
+            return self._computed(self.network, images, labels)
+
+    def _computed(self, network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
+        """network: this one, its parameters frozen, or another that has the same."""
         sink = self._sink(images)
-        with _frozen(self.network), torch.enable_grad(), PlainLayouts(), sink:
-            logits = self.network(self._laid_out(images.detach())).float()
+        with torch.enable_grad(), PlainLayouts(), sink:
+            logits = network(self._laid_out(images.detach())).float()
             sink.close()
             sink.refuse()
             if len(images) and logits.requires_grad:
@@ -74,23 +89,27 @@ class FusedEngine:
 
     def twice(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         """The same as functions of the images, which ask for a gradient: autograd can differentiate both once. s̄ and logits are of the images' dtype. Raises as above."""
+        self._prepare(images)
         sink = self._sink(images)
         with _frozen(self.network), torch.enable_grad(), PlainLayouts(), twice_differentiable(), sink:
-            logits = self.network(self._laid_out(images))
+            logits = self.network(self._laid_out(images) if images.is_cuda else images.clone(memory_format=torch.contiguous_format))
             sink.close()
             sink.refuse()
             torch.autograd.grad(cross_entropy(logits, labels).sum(), [images, *sink.frozen], create_graph=True, allow_unused=True)
             sink.refuse()
         return Saliency(torch.cat(sink.parts, 1), logits)
 
+    def _prepare(self, images: torch.Tensor) -> None:
+        """Find out, once, how the network takes its maps and which BatchNorms are folded."""
+        if self.folds is None and len(images):
+            self.channels_last = takes_channels_last(self.network, images[:1].detach())
+            self.folds = folds(self.network, self.weights, self._laid_out(images[:1].detach()))
+
     def _laid_out(self, images: torch.Tensor) -> torch.Tensor:
-        """A copy, which the network may change in place: channels-last on a GPU if it takes such maps, as its convolutions and the kernels like them best."""
+        """A copy, which the network may change in place: channels-last if it takes such maps, as convolutions like them best."""
         return images.clone(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def _sink(self, images: torch.Tensor) -> _Sink:
-        if self.folds is None and len(images):
-            self.channels_last = images.is_cuda and _takes_channels_last(self.network, images[:1].detach())
-            self.folds = folds(self.network, self.weights, self._laid_out(images[:1].detach()))
         return _Sink(self.names, self.weights, self.folds or {}, images, self.aggregation)
 
 
@@ -160,13 +179,15 @@ class _Sink(TorchFunctionMode):
         stride, dilation = _pair(stride), _pair(dilation)
         if isinstance(padding, str):
             input, padding = _pad_same(input, weight, dilation) if padding == "same" else input, (0, 0)
-        if not input.is_cuda and tuple(weight.shape[2:]) == (1, 1) and _pair(padding) == (0, 0) and stride != (1, 1):  # what it reads, alone: a strided backward pass takes thrice as long
-            input, stride = input[..., :: stride[0], :: stride[1]].contiguous(), (1, 1)
+        if not input.is_cuda and tuple(weight.shape[2:]) == (1, 1) and _pair(padding) == (0, 0):
+            if stride != (1, 1) and not is_channels_last(input):  # what it reads, alone: a strided backward pass takes thrice as long
+                input, stride = input[..., :: stride[0], :: stride[1]].contiguous(), (1, 1)
+            if stride == (1, 1) and is_channels_last(input) and ONEDNN:  # a kernel of one weight has no dilation, but torch takes oneDNN's way for it, even in one thread
+                dilation = (2, 2)
         fold = self.folds.get(layer)
         if fold:
             weight, bias = fold.weight, fold.bias
-        if input.is_cuda and input.is_contiguous(memory_format=torch.channels_last):
-            weight = weight.contiguous(memory_format=torch.channels_last)
+        weight = weight.contiguous(memory_format=layout_of(input))
         self.frozen.append(weight.detach().requires_grad_(True))  # makes the output part of the graph; its own gradient is never computed
         output = _Convolution.apply(input, self.frozen[-1], bias, stride, _pair(padding), dilation, groups, self, layer)
         if not fold:
@@ -194,8 +215,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, gradient):
         input, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        if input.is_cuda and input.is_contiguous(memory_format=torch.channels_last):
-            gradient = gradient.contiguous(memory_format=torch.channels_last)  # and so are those below it
+        gradient = gradient.contiguous(memory_format=layout_of(input))  # and so are those below it
         found = filter_saliency(input.to(gradient.dtype), gradient, weight.shape, stride, padding, dilation, groups, ctx.sink.aggregation)
         fold = ctx.sink.folds.get(ctx.layer)
         ctx.sink.parts[ctx.layer] += found * fold.scale if fold else found
@@ -280,7 +300,7 @@ def _frozen(network: torch.nn.Module):
             parameter.requires_grad_(flag)
 
 
-def _takes_channels_last(network: torch.nn.Module, images: torch.Tensor) -> bool:
+def takes_channels_last(network: torch.nn.Module, images: torch.Tensor) -> bool:
     """Whether it gives the logits of an image [1, 3, H, W] laid out so; a `view` across the axes raises."""
     with torch.no_grad():
         try:

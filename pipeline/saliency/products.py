@@ -2,7 +2,7 @@
 
 On a CPU two products are used, both exact, chosen by shape alone (`_way`; bits do not depend on the machine's load): the convolution's own weight gradient, a few
 samples at a time as groups of one wide image, and matrix products, of 1 x 1 kernels and where few positions meet many weights, by im2col. What they give is never more than
-fits the caches, and is reduced where it lies. On a GPU one kernel a layer does it all (`kernels.py`), where it has shown to agree with these.
+fits a core's own cache, and is reduced where it lies. Maps may lie plainly or channels-last; neither is turned into the other. On a GPU one kernel a layer does it all (`kernels.py`), where it has shown to agree with these.
 
 For input saliency s̄ is differentiated by both of its arguments. With g the per-sample weight gradients, one filter's s̄ is mean |g|, whose derivative by g is
 sign(g) / n: the signs alone are kept, a byte each, and the same two products lead back from them.
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 
 from pipeline.saliency import kernels
 
-GRADIENTS = 5 * 2**18  # per-sample gradient numbers held at once on a CPU: 5 MiB in float32
-MAPS = 2**19  # numbers of the maps that one wide image is made of there
-MANY_WEIGHTS = 2**18  # above it, im2col beats the convolution's own gradient on a CPU where there are fewer positions than
-FEW_POSITIONS = 196
-FEW_CHANNELS = 16  # below it, a wide image of several samples is slow on a CPU
+GRADIENTS = 2**18  # per-sample gradient numbers that a thread of a CPU holds at once: 1 MiB in float32
+MAPS = 2**18  # numbers of the maps that one wide image is made of there, a thread
+MANY_WEIGHTS, FEW_POSITIONS = 2**16, 196  # above and up to which im2col beats the convolution's own gradient on a CPU
+FEWER_POSITIONS = 64  # up to which it does with any weights
+FEW_CHANNELS = 16  # below it, a wide image of several samples is slow on a CPU unless it is channels-last
 SLICE_NUMBERS = 2**24  # per-sample gradient numbers held at once on a GPU: 64 MiB in float32
 FEW_WEIGHTS = 2**16  # up to here the convolution's own gradient is taken there
 
@@ -41,6 +41,8 @@ def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, a
 
 def by_products(input, gradient, shape, stride, padding, dilation, groups, aggregation) -> torch.Tensor:
     """The same by torch's own products, a slice of samples at a time."""
+    if tuple(shape[2:]) == (1, 1) and padding == (0, 0) and stride != (1, 1):
+        input, stride = input[..., :: stride[0], :: stride[1]].contiguous(memory_format=layout_of(input)), (1, 1)  # the places that it reads
     parts = _of_weight_gradients(input, gradient, (shape, stride, padding, dilation, groups), lambda found: _reduced(found, aggregation))
     return torch.cat(parts) if parts else gradient.new_zeros(gradient.shape[:2])
 
@@ -50,6 +52,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, gradient, geometry, aggregation):
+        input, gradient = input.contiguous(), gradient.contiguous()  # the ways back are those of plain maps
         signs = []
 
         def take(found):
@@ -77,17 +80,15 @@ class _Differentiable(torch.autograd.Function):
 def _way(input, gradient, geometry) -> tuple[bool, list[slice]]:
     """(whether by matrix products, samples that are done at once)."""
     shape, stride, padding, _, groups = geometry
-    weights, matrices = shape.numel(), False
+    weights, positions, threads, matrices = shape.numel(), gradient[0, 0].numel(), torch.get_num_threads(), False
     if input.is_cuda:
         matrices, step = groups == 1 and weights > FEW_WEIGHTS, SLICE_NUMBERS // weights
-    elif groups == 1 and _pointwise(geometry):
-        matrices, step = True, GRADIENTS // weights
-    elif groups == 1 and weights > MANY_WEIGHTS and gradient[0, 0].numel() < FEW_POSITIONS:
-        matrices, step = True, 1
-    elif groups == 1 and shape[1] < FEW_CHANNELS:
+    elif groups == 1 and (_pointwise(geometry) or positions <= FEWER_POSITIONS or positions <= FEW_POSITIONS and weights > MANY_WEIGHTS):
+        matrices, step = True, threads * max(1, GRADIENTS // weights)
+    elif groups == 1 and shape[1] < FEW_CHANNELS and not is_channels_last(input):
         step = 1
     else:
-        step = min(GRADIENTS // weights, MAPS // max(1, input[0].numel()))
+        step = threads * min(GRADIENTS // weights, MAPS // max(1, input[0].numel()))
     step = 2 ** (max(1, step).bit_length() - 1)  # slices of one size, where a batch is a power of two
     return matrices, [slice(start, start + step) for start in range(0, len(input), step)]
 
@@ -105,14 +106,16 @@ def _of_weight_gradients(input, gradient, geometry, take: Callable[[torch.Tensor
     parts = []
     for at in slices:
         saw, gave = input[at], gradient[at]
+        if input.is_cuda:
+            saw, gave = saw.contiguous(), gave.contiguous()
         if matrices:
             out = gave.new_empty(len(saw), shape[0], shape[1:].numel()) if out is None else out[: len(saw)]
             columns = _columns(saw, gave, geometry, columns)
             found = torch.bmm(gave.flatten(2), columns.transpose(1, 2), out=out)
         else:  # samples become groups of one image of b * I channels
-            weight = saw.new_empty((len(saw) * shape[0], *shape[1:])) if weight is None else weight[: len(saw) * shape[0]]
+            weight = torch.empty((len(saw) * shape[0], *shape[1:]), dtype=saw.dtype, device=saw.device, memory_format=layout_of(saw)) if weight is None else weight[: len(saw) * shape[0]]
             found = torch.ops.aten.convolution_backward(_wide(gave), _wide(saw), weight, None, stride, padding, dilation, False, (0, 0), len(saw) * groups, (False, True, False))[1]
-            found = found.reshape(len(saw), shape[0], -1)
+            found = (found if found.is_contiguous() else found.permute(0, 2, 3, 1)).reshape(len(saw), shape[0], -1)
         parts.append(take(found if found.dtype == torch.float64 else found.float()))
         del found
     return parts
@@ -137,18 +140,45 @@ def _products_of(weight, input, gradient, geometry, matrices) -> tuple[torch.Ten
 
 
 def _wide(maps) -> torch.Tensor:
-    """[b, C, H, W] -> [1, b * C, H, W]."""
-    return maps.reshape(1, -1, *maps.shape[2:])
+    """[b, C, H, W] -> [1, b * C, H, W], in the same layout."""
+    if not is_channels_last(maps):
+        return maps.reshape(1, -1, *maps.shape[2:])
+    return maps.permute(2, 3, 0, 1).reshape(1, *maps.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def _columns(input, gradient, geometry, out=None) -> torch.Tensor:
-    """im2col, [b, I * k * k, positions]; into `out` if there is one, of as many samples or more."""
+    """im2col, [b, I * k * k, positions], or k * k * I of channels-last maps; into `out` if there is one, of as many samples or more."""
     shape, stride, padding, dilation, _ = geometry
     if _pointwise(geometry):
         return input.flatten(2)
+    if is_channels_last(input):
+        return _patches(input, gradient, geometry, out)
     if out is None:
         out = input.new_empty(len(input), shape[1:].numel(), gradient[0, 0].numel())
     return torch.ops.aten.im2col.out(input, shape[2:], dilation, padding, stride, out=out[: len(input)])
+
+
+def _patches(input, gradient, geometry, out) -> torch.Tensor:
+    """im2col of channels-last maps: all channels of a place lie together, and are copied together."""
+    shape, stride, padding, dilation, _ = geometry
+    input = F.pad(input, (padding[1], padding[1], padding[0], padding[0])) if padding != (0, 0) else input
+    b, c, h, w = input.stride()
+    windows = input.as_strided((len(input), *gradient.shape[2:], *shape[2:], shape[1]), (b, stride[0] * h, stride[1] * w, dilation[0] * h, dilation[1] * w, c), input.storage_offset())
+    if out is None:
+        out = input.new_empty(len(input), gradient[0, 0].numel(), shape[1:].numel()).transpose(1, 2)
+    out = out[: len(input)]
+    out.transpose(1, 2).view(windows.shape).copy_(windows)
+    return out
+
+
+def is_channels_last(maps) -> bool:
+    """Whether they lie so, and not plainly too, as maps of one channel or one place do."""
+    return maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+
+
+def layout_of(maps) -> torch.memory_format:
+    """Channels-last where they are, be they plain too."""
+    return torch.channels_last if maps.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
 def _pointwise(geometry) -> bool:
