@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/performance.md"
 DATA = ROOT / "docs/data/performance"
 NETWORKS = {"resnet50": 224, "vgg19": 224, "densenet121": 224, "mobilenet_v2": 224, "resnet56": 32}
-WAYS = ("step", "naive", "fused-unfolded", "fused")
+WAYS = ("step", "step-plain", "naive", "fused-unfolded", "fused")
 NUMBER = 4  # bytes
 
 
@@ -88,13 +88,14 @@ def operations(name: str, side: int) -> dict[str, list[tuple[float, float]]]:
                 if x is not image:
                     note(WAYS, ops, x.numel() + made)  # gradient of the input
                 unfolded = w[0].numel() * made // w.shape[0] if w.shape[2] * w.shape[3] > 1 and w.shape[1] > 1 else 0
-                note(("step", "fused-unfolded", "fused"), ops, x.numel() + made)  # gradient of the weight, summed, or a sample's and reduced in cache
+                note(("step", "step-plain", "fused-unfolded", "fused"), ops, x.numel() + made)  # gradient of the weight, summed, or a sample's and reduced in cache
+                note(("step-plain",) * (2 + (x is not image)), 0, 2 * (x.numel() + made))  # each of the three has its maps turned into oneDNN's own layout, and back
                 note(("naive",), 0, x.numel() + unfolded)  # im2col
                 note(("naive",), ops, (unfolded or x.numel()) + made + w.numel())  # a sample's, written to memory
                 note(("naive",), 0, w.numel())  # and read again, to be reduced
             elif func in (F.linear, torch._C._nn.linear):
                 note(WAYS, 4 * made * x.shape[-1], given + made)
-                note(("step", "naive"), 2 * made * x.shape[-1], given + made)
+                note(("step", "step-plain", "naive"), 2 * made * x.shape[-1], given + made)
             elif func in NORMS:
                 ways = [way for way in WAYS if way != "fused" or id(Norm.of(func, args, kwargs).mean) not in folded]
                 note(ways, 0, 2 * made)
@@ -142,16 +143,16 @@ def tables() -> dict[str, str]:
         row = ratios.get((name, engine))
         return form.format(row[key]) if row and row[key] is not None else "cannot"
 
-    roofline = ["| network | operations of a step | bytes: step | naive | fused, unfolded | fused |", "|---|---:|---:|---:|---:|---:|"]
+    roofline = ["| network | operations of a step | bytes: step | of plain maps | naive | fused, unfolded | fused |", "|---|---:|---:|---:|---:|---:|---:|"]
     for name in NETWORKS:
         s = sizes[name]
         roofline.append(f"| {name} | {s['step'][0] / 1e9:.2f} G | " + " | ".join(f"{s[way][1] / 1e6:,.0f} MB" for way in WAYS) + " |")
-    gains = ["| network | naive: predicted | measured (best peer) | fused, unfolded: predicted | measured | fused: predicted | measured |", "|---|---:|---:|---:|---:|---:|---:|"]
+    gains = ["| network | plain maps: predicted | measured | naive: predicted | measured (best peer) | fused, unfolded: predicted | measured | fused: predicted | measured |", "|---|" + "---:|" * 8]
     for name in NETWORKS:
         best = min((ratios[name, e]["ratio_to_step"] for e in peers if (name, e) in ratios), default=None)
         g = guess[name]
-        gains.append(f"| {name} | {g['naive']:.2f} | {'' if best is None else f'{best:.2f}'} | {g['fused-unfolded']:.2f} | {got(name, 'fused-unfolded')} | {g['fused']:.2f} | {got(name, 'fused')} |")
-    shown = ["step-folded", "fused", "vmap", *peers, "loop"]
+        gains.append(f"| {name} | {g['step-plain']:.2f} | {got(name, 'step-plain')} | {g['naive']:.2f} | {'' if best is None else f'{best:.2f}'} | {g['fused-unfolded']:.2f} | {got(name, 'fused-unfolded')} | {g['fused']:.2f} | {got(name, 'fused')} |")
+    shown = ["step-plain", "step-folded", "step-teams", "fused", "vmap", *peers, "loop"]
     measured = ["| network, batch | step, images/s | " + " | ".join(shown) + " |", "|---|---:|" + "---:|" * len(shown)]
     for name in NETWORKS:
         step = ratios.get((name, "step"))
@@ -214,12 +215,12 @@ def gpu() -> dict[str, str]:
 def process() -> str:
     """What the settings of a process are worth, from docs/data/performance/process.json (tests/bench_process.py): rates over those of the settings as they are, alone."""
     rows = json.loads((DATA / "process.json").read_text(encoding="utf-8"))
-    ways = {("0", True): "threads sleep at once", ("10000", True): "10,000 turns", ("", True): "libgomp's own", ("1000", False): "as set, memory given back"}
+    ways = {(True, "1000", False): "memory given back", (False, "1000", True): "whole batches", (False, "0", True): "and threads sleep at once", (False, "10000", True): "and 10,000 turns", (False, "", True): "and libgomp's own"}
     lines = ["| network | | as set, images/s | " + " | ".join(ways.values()) + " |", "|---|---|---:|" + "---:|" * len(ways)]
     for model in dict.fromkeys(row["model"] for row in rows):
-        found = {(row["beside"], row["turns"], row["kept"]): row["images_per_s"] for row in rows if row["model"] == model}
+        found = {(row["beside"], row["teams"], row["turns"], row["kept"]): row["images_per_s"] for row in rows if row["model"] == model}
         for beside in (False, True):
-            unit = found[beside, "1000", True]
+            unit = found[beside, True, "1000", True]
             lines.append(f"| {model} | {'beside a busy process' if beside else 'alone'} | {unit:,.0f} | " + " | ".join(f"{found[(beside, *way)] / unit:.2f}" for way in ways) + " |")
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -103,11 +104,12 @@ class FusedEngine:
         """Find out, once, how the network takes its maps and which BatchNorms are folded."""
         if self.folds is None and len(images):
             self.channels_last = takes_channels_last(self.network, images[:1].detach())
-            self.folds = folds(self.network, self.weights, self._laid_out(images[:1].detach()))
+            found = folds(self.network, self.weights, self._laid_out(images[:1].detach()))
+            self.folds = {layer: replace(fold, weight=self._laid_out(fold.weight)) for layer, fold in found.items()}
 
-    def _laid_out(self, images: torch.Tensor) -> torch.Tensor:
-        """A copy, which the network may change in place: channels-last if it takes such maps, as convolutions like them best."""
-        return images.clone(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+    def _laid_out(self, maps: torch.Tensor) -> torch.Tensor:
+        """A copy of images, which the network may change in place, or of a weight: channels-last if it takes such maps, as convolutions like them best."""
+        return maps.clone(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def _sink(self, images: torch.Tensor) -> _Sink:
         return _Sink(self.names, self.weights, self.folds or {}, images, self.aggregation)
