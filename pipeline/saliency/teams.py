@@ -17,25 +17,26 @@ from pipeline.saliency.threads import have_threads
 Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Tensors]
 NUMBERS = (2, 3)  # of teams: few, since Python runs in one of them at a time
+KNOWN = ("torch.nn.", "torchvision.", "pipeline.")  # whose modules keep nothing of a forward pass but in themselves
 
 
 class Teams:
     """`teams(compute, images, labels)` is `compute(network, images, labels)`, tensors on the CPU with a row for each sample, always the same function.
 
-    Each team has the network's modules to itself, which may keep what they like of a forward pass; parameters and buffers are the same for all. Where a network cannot be copied, or fails in another
-    thread and not in this one, whole batches are computed here from then on. Which samples a team has follows from their number and the process's threads alone. Raises what `compute` raises.
+    Teams share parameters and buffers, and each has modules of its own, which may keep in themselves what they like of a forward pass. Code that keeps it elsewhere (in a global, a buffer, what a hook
+    has hold of) would mix the teams' samples, and no trial would be sure to show it: so a network has teams only where its modules are of torch, torchvision or this package, without
+    hooks. Any other, and one that cannot be copied, has whole batches. Which samples a team has follows from their number and the process's threads alone. Raises what `compute` raises.
     """
 
     def __init__(self, network: torch.nn.Module):
-        self.network = network
+        self.network, self.alone = network, not all(map(_is_known, network.modules()))
         self.networks: list[torch.nn.Module] = []  # one a team
         self.pool: ThreadPoolExecutor | None = None
-        self.alone = False
 
     def __call__(self, compute: Compute, images: torch.Tensor, labels: torch.Tensor) -> Tensors:
         threads = torch.get_num_threads()
         teams = next((n for n in NUMBERS if threads % n == 0), 1)
-        if self.alone or teams == 1 or len(images) < teams or not self._assembled(teams):
+        if self.alone or teams == 1 or len(images) % teams or not self._assembled(teams):
             return compute(self.network, images, labels)
         autocast = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}  # a thread has its own
 
@@ -48,12 +49,7 @@ class Teams:
         parts = [self.pool.submit(part, *of) for of in zip(self.networks, images.tensor_split(teams), labels.tensor_split(teams))]
         wait(parts)
         torch.set_num_threads(threads)  # with which any new thread begins
-        try:
-            return tuple(map(torch.cat, zip(*(p.result() for p in parts))))
-        except Exception:
-            whole = compute(self.network, images, labels)  # raises, where it is the samples' fault
-            self.alone = True
-            return whole
+        return tuple(map(torch.cat, zip(*(p.result() for p in parts))))
 
     def _assembled(self, teams: int) -> bool:
         """Whether there are so many networks and threads."""
@@ -66,3 +62,8 @@ class Teams:
                 return False
             self.pool = ThreadPoolExecutor(teams, "team")
         return True
+
+
+def _is_known(module: torch.nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return f"{type(module).__module__}.".startswith(KNOWN) and not any(hooks) and "forward" not in vars(module)
