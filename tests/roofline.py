@@ -192,13 +192,13 @@ def gpu() -> dict[str, str]:
     recall = ["| network, images (errors) | precision | recall of 10 neighbours | error of a sample's s̄: median | 90% | predictions changed | images/s |", "|---|---|---:|---:|---:|---:|---:|"]
     for row in data["recall"]:
         recall.append(f"| {row['network']}, {row['images']:,} ({row['errors']:,}) | {row['precision']} | {row['recall']:.3f} | {row['median_error']:.0e} | {row['error_90']:.0e} | {row['predictions_changed']} | {row['images_per_s']:,.0f} |")
-    timed = {(row["model"], row["engine"]): row for row in data["peers"]}
+    timed = {(row["model"], row["batch_size"], row["engine"]): row for row in data["peers"]}
     shown = [e for e in dict.fromkeys(row["engine"] for row in data["peers"]) if e != "step"]
     peers = ["| network, batch | step, images/s | " + " | ".join(shown) + " | memory of fused over the step's | of the leanest peer in a batch |", "|---|---:|" + "---:|" * (len(shown) + 2)]
-    for name in dict.fromkeys(row["model"] for row in data["peers"]):
-        step = timed[name, "step"]
-        leanest = min(timed[name, e]["peak_bytes"] for e in shown if e not in ("fused", "loop") and (name, e) in timed) / step["peak_bytes"]
-        peers.append(f"| {name}, {step['batch_size']} | {step['images_per_s']:,.0f} | " + " | ".join(f"{timed[name, e]['ratio_to_step']:.2f}" if (name, e) in timed else "not tried" for e in shown) + f" | {timed[name, 'fused']['peak_bytes'] / step['peak_bytes']:.2f} | {leanest:.2f} |")
+    for name, size in dict.fromkeys((row["model"], row["batch_size"]) for row in data["peers"]):
+        own = {e: timed[name, size, e] for e in ("step", *shown) if (name, size, e) in timed}
+        memory = [f"{peak / own['step']['peak_bytes']:.2f}" for peak in (own["fused"]["peak_bytes"], min(row["peak_bytes"] for e, row in own.items() if e not in ("step", "fused", "loop")))]
+        peers.append(f"| {name}, {size} | {own['step']['images_per_s']:,.0f} | " + " | ".join([*(f"{own[e]['ratio_to_step']:.2f}" if e in own else "not tried" for e in shown), *memory]) + " |")
     batches = list(dict.fromkeys(row["batch_size"] for row in data["sizes"]))
     sizes = ["| network | precision | " + " | ".join(f"batch of {size}" for size in batches) + " |", "|---|---|" + "---:|" * len(batches)]
     for name, precision in dict.fromkeys((row["model"], row["precision"]) for row in data["sizes"]):

@@ -20,6 +20,7 @@ from test_profiler import RECIPE, samples_of
 from test_store import MANIFEST
 from torch import nn
 
+from jobs.bench.engine import bench_engine
 from pipeline.filters import FilterLayout
 from pipeline.profiler import Profiler
 from pipeline.saliency import choose_engine, kernels, make_engine, prepare_process
@@ -105,6 +106,15 @@ def test_replays_give_every_batch_its_own_numbers(precision):
         for batch, got in zip(batches, found):
             fresh = make_engine("fused", network, "abs")(*batch)
             assert torch.equal(got.saliency, fresh.saliency) and torch.equal(got.logits, fresh.logits)
+
+
+@pytest.mark.parametrize("precision", ERROR)
+def test_the_steps_beside_which_the_engine_is_timed_are_replayed_too(precision):
+    """One that is asked for layer by layer would make the engine look faster than it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="batches cannot be recorded")
+        rows = bench_engine(["resnet20"], 8, "cuda", precision, 1, ["step-folded", "fused"])
+    assert [row.engine for row in rows] == ["step", "step-folded", "fused"]
 
 
 def test_a_sample_does_not_depend_on_who_shares_its_batch():

@@ -152,7 +152,7 @@ def _contender(name: str, network: torch.nn.Module, images: torch.Tensor, labels
     own = copy.deepcopy(network)
     if name == "step-folded":
         own = folded(own)
-    return _step(own.requires_grad_(True), images, name)
+    return _step(own, images, name)
 
 
 def _in_the_faster_layout(make: Callable[[torch.nn.Module], Contender], network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Contender:
@@ -177,12 +177,13 @@ def _in_the_faster_layout(make: Callable[[torch.nn.Module], Contender], network:
 
 
 def _step(network: torch.nn.Module, images: torch.Tensor, name: str) -> Contender:
-    """With what the engine has: maps channels-last, and on a GPU one CUDA graph that is replayed."""
+    """With what the engine has: maps channels-last, and on a GPU one CUDA graph that is replayed. Makes the network's parameters ask for gradients."""
     if name != "step-plain" and takes_channels_last(network, images[:1]):
         layout = torch.channels_last
         network.to(memory_format=layout)
     else:
         layout = torch.contiguous_format
+    network.requires_grad_(True)  # after the trial: autocast keeps what it casts of weights that do, with its graph, and a recording breaks off at it
 
     def compute(images: torch.Tensor, labels: torch.Tensor) -> tuple:
         step(network, images.contiguous(memory_format=layout), labels)
