@@ -242,6 +242,18 @@ class Gated(nn.Module):
         return x * self.act(self.gate(x.mean((2, 3), keepdim=True)))
 
 
+class Squeezed(nn.Module):
+    """Squeeze and excitation with curves on a few numbers, one of them in place, as in EfficientNet and RegNet-Y."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.squeeze, self.excite = nn.Conv2d(3, 11, 3), nn.Conv2d(11, 5, 1), nn.Conv2d(5, 11, 1)
+
+    def forward(self, x):
+        x = F.gelu(self.stem(x))
+        return x * torch.sigmoid(self.excite(F.silu(self.squeeze(x.mean((2, 3), keepdim=True)), inplace=True)))
+
+
 class Attentive(nn.Module):
     """Tokens that look at each other, by torch's own attention."""
 
@@ -284,6 +296,7 @@ ZOO = [
     Animal("no-grad-stem", WithoutGradient),
     Animal("in-place-input", Normalising),
     Animal("hard-sigmoid", Gated),
+    Animal("squeeze-excitation", Squeezed),
     Animal("attention", Attentive),
     Animal("tokens", lambda: Tokens(norm(4), (3, 3))),
     Animal("tokens-in-place", lambda: Tokens(plain(norm(4), IN_PLACE), (3, 3))),

@@ -27,6 +27,7 @@ from pipeline.saliency import Saliency, is_memory, kernels
 from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Fold, Norm, folds, leaves, looks_only
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
+from pipeline.saliency.places import ONEDNN, Places
 from pipeline.saliency.products import filter_saliency, is_channels_last, layout_of
 from pipeline.saliency.replays import Replays
 from pipeline.saliency.teams import Teams
@@ -36,9 +37,6 @@ TOLERANCE = 1e-3  # relative, between one image's s̄ here and by autograd, over
 COARSE = 1e-2  # over any layer's in float32
 NOTHING = 1e-10  # of all of s̄: a layer with less has rounding alone
 ROWS = 2  # images that are held against autograd
-
-
-ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class Objection(RuntimeError):
@@ -79,7 +77,7 @@ class FusedEngine:
     def _computed(self, network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         """network: this one, its parameters frozen, or another that has the same."""
         sink = self._sink(images)
-        with torch.enable_grad(), PlainLayouts(), sink:
+        with torch.enable_grad(), PlainLayouts(), Places(), sink:
             logits = network(self._laid_out(images.detach())).float()
             sink.close()
             sink.refuse()

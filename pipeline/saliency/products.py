@@ -89,7 +89,9 @@ def _way(input, gradient, geometry) -> tuple[bool, list[slice]]:
         step = 1
     else:
         step = threads * min(GRADIENTS // weights, MAPS // max(1, input[0].numel()))
-    step = 2 ** (max(1, step).bit_length() - 1)  # slices of one size, where a batch is a power of two
+    step = 2 ** (max(1, step).bit_length() - 1)
+    while not input.is_cuda and len(input) % step:  # slices of one size, lest a sample's sums depend on which it falls into
+        step //= 2
     return matrices, [slice(start, start + step) for start in range(0, len(input), step)]
 
 

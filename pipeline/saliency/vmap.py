@@ -1,7 +1,7 @@
 """The definition: s(x, y)_i = |dL(x, y) / dtheta_i| by `vmap(grad(L))`, then the mean over each filter (eq. 1, section 2.1).
 
 It holds the gradients of every 4-D weight for a chunk of samples at once, so the chunk is chosen to fit; it depends on the
-network alone, never on the machine, since results are bit-equal only for equal chunks.
+network alone, never on the machine, since results are bit-equal only for equal chunks: those of a batch are, the last being filled up.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from pipeline.filters import FilterLayout
 from pipeline.saliency import Saliency
 from pipeline.saliency.loss import cross_entropy
+from pipeline.saliency.places import Places
 
 CHUNK_NUMBERS = 2**27  # gradient numbers held at once, at most: 512 MiB in float32
 CHUNK = 8  # samples at once, at most: on a CPU more of them only leave the cache
@@ -24,7 +25,8 @@ class VmapEngine:
         self.network, self.aggregation = network, aggregation
         self.names = [name for name, p in network.named_parameters() if p.dim() == 4]
         self.filters = layout.total
-        self.chunk = max(1, min(CHUNK, CHUNK_NUMBERS // sum(p.numel() for p in network.parameters() if p.dim() == 4)))
+        fit = CHUNK_NUMBERS // sum(p.numel() for p in network.parameters() if p.dim() == 4)
+        self.chunk = 2 ** (max(1, min(CHUNK, fit)).bit_length() - 1)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         frozen = {name: p.detach() for name, p in self.network.named_parameters()}
@@ -38,11 +40,15 @@ class VmapEngine:
             gradients, (_, logits) = grad_and_value(loss, has_aux=True)(weights, image, label)
             return torch.cat([reduce_filters(gradients[name][None], self.aggregation)[0] for name in self.names]), logits.detach()
 
-        images = images.clone()  # which a network may change in place
         if not len(images):
             with torch.no_grad():
-                return Saliency(images.new_zeros(0, self.filters), self.network(images).float())
-        return Saliency(*vmap(saliency, chunk_size=self.chunk)(images, labels))
+                return Saliency(images.new_zeros(0, self.filters), self.network(images.clone()).float())
+        size = len(images)
+        chunk = min(self.chunk, 2 ** (size - 1).bit_length())
+        images, labels = (torch.cat([t, t[-1:].expand(-size % chunk, *t.shape[1:])]) for t in (images, labels))  # copies: a network may change its images in place
+        with Places(chunk):
+            found = vmap(saliency, chunk_size=chunk)(images, labels)
+        return Saliency(*(t[:size] for t in found))
 
 
 def reduce_filters(gradients: torch.Tensor, aggregation: str) -> torch.Tensor:

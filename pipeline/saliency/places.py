@@ -1,0 +1,73 @@
+"""Keeps a sample's numbers free of its place in the batch, where torch's arithmetic on a CPU does not.
+
+A matrix product takes some rows together and the rest one by one, and rows that begin at odd addresses another way than others. A sigmoid takes sixteen numbers at once and the rest by
+another formula. The last bits of a sample then depend on where it lies. They do not where all comes in the numbers that vectors have, so it is filled up to them. A 1 x 1 convolution of
+maps of one place is such a product too, in one thread, unless oneDNN has it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+CURVES = {torch.sigmoid, torch.Tensor.sigmoid, torch.tanh, torch.Tensor.tanh, F.silu, F.gelu, F.mish, F.softplus, F.elu, F.selu, F.celu, F.logsigmoid}
+ONEDNN = torch.backends.mkldnn.is_available()
+NUMBERS = 4  # that a row's length is a multiple of
+ROWS = 8  # a product's rows are a multiple of it, or 1, 2 or 4
+VECTOR = 64  # numbers that a curve takes at once, at most
+
+
+class Places(TorchFunctionMode):
+    """While it is entered, a sample's part of a Linear layer, an activation or a 1 x 1 convolution on a CPU, and its gradient, have the same bits wherever it lies among as many others; values are the same.
+
+    samples: that share a call inside `vmap`, a power of two.
+    """
+
+    def __init__(self, samples: int = 1):
+        super().__init__()
+        self.samples = samples
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return self._linear(*args, **kwargs)
+        if func is F.conv2d:
+            return _convolution(*args, **kwargs)
+        return _curve(func, *args, **kwargs) if func in CURVES else func(*args, **kwargs)
+
+    def _linear(self, input, weight, bias=None):
+        if input.device.type != "cpu" or weight.dim() != 2 or not input.numel() or not weight.numel():
+            return F.linear(input, weight, bias)
+        rows = input.reshape(-1, input.shape[-1])
+        number, (outs, ins) = len(rows), weight.shape
+        more, more_ins, more_outs = padded_rows(number, self.samples) - number, -ins % NUMBERS, -outs % NUMBERS
+        if more_ins or more_outs:
+            weight, bias = F.pad(weight, (0, more_ins, 0, more_outs)), bias if bias is None else F.pad(bias, (0, more_outs))
+        if more or more_ins:
+            rows = F.pad(rows, (0, more_ins, 0, more))
+        return F.linear(rows, weight, bias)[:number, :outs].reshape(*input.shape[:-1], outs)
+
+
+def padded_rows(number: int, samples: int = 1) -> int:
+    """The least number of rows, of each of `samples` (a power of two), that is this or more, so that all of them are 1, 2, 4 or a multiple of ROWS."""
+    total = number * samples
+    unit = max(1, (total if total <= 2 else 4 if total <= 4 else ROWS) // samples)
+    return -(-number // unit) * unit
+
+
+def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if ONEDNN and input.device.type == "cpu" and {*weight.shape[2:], *input.shape[2:]} == {1} and padding in (0, (0, 0)):
+        dilation = 2  # which a kernel of one weight has not; but torch takes oneDNN's way for it, even in one thread
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _curve(func, input, *args, inplace=False, **kwargs):
+    inplace_too = {"inplace": True} if inplace else {}
+    more = -input.numel() % (VECTOR * torch.get_num_threads())  # threads have parts of one size then
+    if input.device.type != "cpu" or not more or not input.numel() or "out" in kwargs or any(a is True for a in args):
+        return func(input, *args, **kwargs, **inplace_too)
+    order = (0, 2, 3, 1) if input.dim() == 4 and not input.is_contiguous() and input.stride(1) == 1 else tuple(range(input.dim()))  # as it lies in memory
+    lying = input.permute(order)
+    found = func(F.pad(lying.reshape(-1), (0, more)), *args, **kwargs)[: input.numel()].reshape(lying.shape).permute(tuple(order.index(axis) for axis in range(input.dim())))
+    return input.copy_(found) if inplace else found

@@ -1,0 +1,112 @@
+"""A sample's numbers do not depend on its place in a batch: Linear layers and activations, whole networks, and what an activation promises besides."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import models
+from pipeline.saliency import make_engine
+from pipeline.saliency.places import CURVES, Places, padded_rows
+
+NAMED = sorted(CURVES, key=str)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def with_gradient(function, values: torch.Tensor, above: torch.Tensor, places: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """function(values), and the gradient of its sum with `above`."""
+    values = values.clone(memory_format=torch.preserve_format).requires_grad_(True)
+    if not places:
+        found = function(values)
+        return found.detach(), torch.autograd.grad(found, values, above)[0]
+    with Places():
+        found = function(values)
+    return found.detach(), torch.autograd.grad(found, values, above)[0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_row_of_a_linear_layer_is_free_of_its_place(data):
+    """Forward and back, for rows and layers of any size; and it is the layer's."""
+    rows, ins, outs = data.draw(st.integers(1, 40)), data.draw(st.sampled_from([1, 3, 7, 20, 64, 101, 486, 1001, 2048])), data.draw(st.sampled_from([1, 5, 10, 64, 365, 1000]))
+    torch.manual_seed(rows * ins * outs)
+    values, above, weight, bias = torch.randn(rows, ins), torch.randn(rows, outs), torch.randn(outs, ins), torch.randn(outs) if data.draw(st.booleans()) else None
+    layer = lambda values: F.linear(values, weight, bias)  # noqa: E731
+    order = torch.tensor(data.draw(st.permutations(range(rows))))
+    found, gradient = with_gradient(layer, values, above)
+    again, its = with_gradient(layer, values[order], above[order])
+    assert torch.equal(again, found[order]) and torch.equal(its, gradient[order])
+    for mine, plain in zip((found, gradient), with_gradient(layer, values, above, places=False)):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_sample_of_an_activation_is_free_of_its_place(data):
+    """Forward and back, in both layouts, be the maps few numbers or more than one thread's; the layout stays."""
+    function = data.draw(st.sampled_from(NAMED))
+    shape = data.draw(st.sampled_from([(5, 3, 1, 1), (3, 11, 1, 1), (8, 10, 1, 1), (7, 13, 9, 5), (5, 31, 17, 17), (6, 33), (4, 7, 5)]))
+    torch.manual_seed(sum(shape))
+    values, above = torch.randn(shape), torch.randn(shape)
+    if len(shape) == 4 and data.draw(st.booleans()):
+        values, above = (t.contiguous(memory_format=torch.channels_last) for t in (values, above))
+    order = torch.tensor(data.draw(st.permutations(range(shape[0]))))
+    found, gradient = with_gradient(function, values, above)
+    again, its = with_gradient(function, values[order], above[order])
+    assert torch.equal(again, found[order]) and torch.equal(its, gradient[order])
+    assert found.is_contiguous() == values.is_contiguous()
+    for mine, plain in zip((found, gradient), with_gradient(function, values, above, places=False)):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("call", [lambda x: F.silu(x, inplace=True), lambda x: F.silu(x, True), lambda x: F.elu(x, 1.0, True), lambda x: F.mish(x, inplace=True)])
+def test_an_activation_in_place_changes_what_it_was_given(call):
+    given_ = torch.linspace(-2, 2, 33).reshape(3, 11)
+    plain, mine = given_.clone(), given_.clone()
+    call(plain)
+    with Places():
+        assert call(mine) is mine
+    torch.testing.assert_close(mine, plain)
+
+
+def test_an_activation_writes_where_it_is_told():
+    given_, room = torch.linspace(-2, 2, 33), torch.empty(33)
+    with Places():
+        torch.tanh(given_, out=room)
+    torch.testing.assert_close(room, given_.tanh())
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "mobilenet_v3_small", "efficientnet_b0"])
+def test_networks_with_curves_on_few_numbers(name):
+    """In an odd batch, of which two threads have unequal parts."""
+    torch.manual_seed(0)
+    network = models.build(name).eval()
+    images, labels, order = torch.randn(5, 3, 64, 64), torch.arange(5), [3, 0, 4, 1, 2]
+    engine = make_engine("fused", network, "abs")
+    whole, permuted = engine(images, labels), engine(images[order], labels[order])
+    assert torch.equal(permuted.saliency, whole.saliency[order]) and torch.equal(permuted.logits, whole.logits[order])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("ins, outs", [(11, 5), (10, 6), (33, 77), (6, 10)])
+def test_a_convolution_of_maps_of_one_place_is_free_of_its_place(ins, outs, threads):
+    torch.set_num_threads(threads)
+    values, above, weight, order = torch.randn(8, ins, 1, 1), torch.randn(8, outs, 1, 1), torch.randn(outs, ins, 1, 1), [5, 2, 7, 0, 1, 6, 4, 3]
+    layer = lambda values: F.conv2d(values, weight)  # noqa: E731
+    found, gradient = with_gradient(layer, values, above)
+    again, its = with_gradient(layer, values[order], above[order])
+    assert torch.equal(again, found[order]) and torch.equal(its, gradient[order])
+    torch.testing.assert_close(found, layer(values), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_filled_up_to_what_products_take_at_once():
+    assert [padded_rows(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
+    assert [padded_rows(n, 4) for n in (1, 2, 3)] == [1, 2, 4] and padded_rows(197, 2) == 200 and padded_rows(7, 8) == 7
