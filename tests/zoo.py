@@ -287,6 +287,7 @@ ZOO = [
     Animal("many-weights", plain(conv(3, 90, 3, stride=2), RELU, conv(90, 90, 3, stride=2, padding=1), RELU)),
     Animal("many-weights-dilated", plain(conv(3, 90, 1), RELU, conv(90, 90, (5, 2), dilation=(2, 1), padding=(4, 0), bias=False), RELU)),
     Animal("many-pointwise", plain(conv(3, 260, 1, stride=4), RELU, conv(260, 260, 1), RELU)),
+    Animal("many-shared", plain(conv(3, 1024, 1, stride=3), RELU, conv(1024, 1024, 1, stride=2), IN_PLACE)),
     Animal("residual", Residual),
     Animal("dense", Dense),
     Animal("branches", Branches),

@@ -134,12 +134,14 @@ def looks_only(func) -> bool:
     return name in LOOKS
 
 
-def leaves(value):
+def leaves(value: object) -> list:
     """All values in nested lists, tuples and dicts."""
-    if isinstance(value, (tuple, list)):
-        for v in value:
-            yield from leaves(v)
-    elif isinstance(value, dict):
-        yield from leaves(list(value.values()))
-    else:
-        yield value
+    found, nested = [], [value]
+    for one in nested:  # which grows meanwhile
+        if isinstance(one, (tuple, list)):
+            nested.extend(one)
+        elif isinstance(one, dict):
+            nested.extend(one.values())
+        else:
+            found.append(one)
+    return found

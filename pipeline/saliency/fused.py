@@ -28,7 +28,7 @@ from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Fold, Norm, folds, le
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
 from pipeline.saliency.places import ONEDNN, Places
-from pipeline.saliency.products import filter_saliency, is_channels_last, layout_of
+from pipeline.saliency.products import filter_saliency, is_channels_last, is_product, layout_of
 from pipeline.saliency.replays import Replays
 from pipeline.saliency.teams import Teams
 from pipeline.saliency.twice import twice_differentiable
@@ -209,6 +209,9 @@ class _Convolution(torch.autograd.Function):
         ctx.geometry, ctx.sink, ctx.layer = (stride, padding, dilation, groups), sink, layer
         if bias is not None and kernels.serves(input):
             return kernels.add_bias(F.conv2d(input, weight, None, stride, padding, dilation, groups), bias)
+        if is_product(input, weight, stride, padding, groups):
+            places = input[..., :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
+            return F.linear(places, weight.flatten(1), bias).permute(0, 3, 1, 2).clone(memory_format=torch.channels_last)  # a view could not be changed in place
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod

@@ -11,6 +11,7 @@ sign(g) / n: the signs alone are kept, a byte each, and the same two products le
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ GRADIENTS = 2**18  # per-sample gradient numbers that a thread of a CPU holds at
 MAPS = 2**18  # numbers of the maps that one wide image is made of there, a thread
 MANY_WEIGHTS, FEW_POSITIONS = 2**16, 196  # above and up to which im2col beats the convolution's own gradient on a CPU
 FEWER_POSITIONS = 64  # up to which it does with any weights
+MANY_SHARED, FEW_SHARED = 2**20, 49  # weights and positions from and up to which a batch's 1 x 1 convolution is one product on a CPU: image by image, the weights are read again for each
 FEW_CHANNELS = 16  # below it, a wide image of several samples is slow on a CPU unless it is channels-last
 SLICE_NUMBERS = 2**24  # per-sample gradient numbers held at once on a GPU: 64 MiB in float32
 FEW_WEIGHTS = 2**16  # up to here the convolution's own gradient is taken there
@@ -79,20 +81,27 @@ class _Differentiable(torch.autograd.Function):
 
 def _way(input, gradient, geometry) -> tuple[bool, list[slice]]:
     """(whether by matrix products, samples that are done at once)."""
-    shape, stride, padding, _, groups = geometry
-    weights, positions, threads, matrices = shape.numel(), gradient[0, 0].numel(), torch.get_num_threads(), False
-    if input.is_cuda:
+    threads = 0 if input.is_cuda else torch.get_num_threads()
+    return _way_of(len(input), input.shape[1:].numel(), gradient.shape[2:].numel(), geometry, is_channels_last(input), threads)
+
+
+@lru_cache(4096)
+def _way_of(samples: int, numbers: int, positions: int, geometry: tuple, channels_last: bool, threads: int) -> tuple[bool, list[slice]]:
+    """The same from the numbers of a sample's maps, its positions, and the threads of a CPU, 0 on a GPU."""
+    shape, groups = geometry[0], geometry[4]
+    weights, matrices = shape.numel(), False
+    if not threads:
         matrices, step = groups == 1 and weights > FEW_WEIGHTS, SLICE_NUMBERS // weights
     elif groups == 1 and (_pointwise(geometry) or positions <= FEWER_POSITIONS or positions <= FEW_POSITIONS and weights > MANY_WEIGHTS):
         matrices, step = True, threads * max(1, GRADIENTS // weights)
-    elif groups == 1 and shape[1] < FEW_CHANNELS and not is_channels_last(input):
+    elif groups == 1 and shape[1] < FEW_CHANNELS and not channels_last:
         step = 1
     else:
-        step = threads * min(GRADIENTS // weights, MAPS // max(1, input[0].numel()))
+        step = threads * min(GRADIENTS // weights, MAPS // max(1, numbers))
     step = 2 ** (max(1, step).bit_length() - 1)
-    while not input.is_cuda and len(input) % step:  # slices of one size, lest a sample's sums depend on which it falls into
+    while threads and samples % step:  # slices of one size, lest a sample's sums depend on which it falls into
         step //= 2
-    return matrices, [slice(start, start + step) for start in range(0, len(input), step)]
+    return matrices, [slice(start, start + step) for start in range(0, samples, step)]
 
 
 def _of_weight_gradients(input, gradient, geometry, take: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
@@ -171,6 +180,12 @@ def _patches(input, gradient, geometry, out) -> torch.Tensor:
     out = out[: len(input)]
     out.transpose(1, 2).view(windows.shape).copy_(windows)
     return out
+
+
+def is_product(input, weight, stride, padding, groups) -> bool:
+    """Whether a convolution's forward pass is best had as a product of all places of the batch with its weights."""
+    few = tuple(weight.shape[2:]) == (1, 1) and padding == (0, 0) and groups == 1 and weight.numel() >= MANY_SHARED
+    return few and not input.is_cuda and is_channels_last(input) and -(-input.shape[2] // stride[0]) * -(-input.shape[3] // stride[1]) <= FEW_SHARED
 
 
 def is_channels_last(maps) -> bool:
