@@ -39,9 +39,11 @@ class Places(TorchFunctionMode):
     def _linear(self, input, weight, bias=None):
         if input.device.type != "cpu" or weight.dim() != 2 or not input.numel() or not weight.numel():
             return F.linear(input, weight, bias)
-        rows = input.reshape(-1, input.shape[-1])
-        number, (outs, ins) = len(rows), weight.shape
+        number, (outs, ins) = input.shape[:-1].numel(), weight.shape
         more, more_ins, more_outs = padded_rows(number, self.samples) - number, -ins % NUMBERS, -outs % NUMBERS
+        if not (more or more_ins or more_outs):
+            return F.linear(input, weight, bias)
+        rows = input.reshape(-1, input.shape[-1])
         if more_ins or more_outs:
             weight, bias = F.pad(weight, (0, more_ins, 0, more_outs)), bias if bias is None else F.pad(bias, (0, more_outs))
         if more or more_ins:
