@@ -62,9 +62,29 @@ def test_a_sample_of_an_activation_is_free_of_its_place(data):
     found, gradient = with_gradient(function, values, above)
     again, its = with_gradient(function, values[order], above[order])
     assert torch.equal(again, found[order]) and torch.equal(its, gradient[order])
-    assert found.is_contiguous() == values.is_contiguous()
     for mine, plain in zip((found, gradient), with_gradient(function, values, above, places=False)):
         torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_what_an_activation_gives_lies_as_it_would(data):
+    """A network may count on it, and view it in another shape."""
+    function, order = data.draw(st.sampled_from(NAMED)), data.draw(st.permutations(range(4)))
+    values = torch.randn(5, 3, 7, 2).permute(order)
+    if data.draw(st.booleans()):
+        values = values[1:]
+    with Places():
+        found = function(values)
+    assert found.stride() == function(values).stride()
+
+
+def test_a_linear_layer_can_be_viewed_in_any_shape():
+    values, layer = torch.randn(5, 3, 7), torch.nn.Linear(7, 10)
+    with Places():
+        found = layer(values)
+    torch.testing.assert_close(found.view(-1), layer(values).view(-1))
+    found.detach().relu_()
 
 
 @pytest.mark.parametrize("call", [lambda x: F.silu(x, inplace=True), lambda x: F.silu(x, True), lambda x: F.elu(x, 1.0, True), lambda x: F.mish(x, inplace=True)])

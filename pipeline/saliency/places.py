@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-CURVES = {torch.sigmoid, torch.Tensor.sigmoid, torch.tanh, torch.Tensor.tanh, F.silu, F.gelu, F.mish, F.softplus, F.elu, F.selu, F.celu, F.logsigmoid}
+CURVES = {torch.sigmoid, torch.Tensor.sigmoid, torch.tanh, torch.Tensor.tanh, F.silu, F.gelu, F.mish, F.softplus, F.elu, F.selu, F.celu}
 ONEDNN = torch.backends.mkldnn.is_available()
 NUMBERS = 4  # that a row's length is a multiple of
 ROWS = 8  # a product's rows are a multiple of it, or 1, 2 or 4
@@ -48,7 +48,7 @@ class Places(TorchFunctionMode):
             weight, bias = F.pad(weight, (0, more_ins, 0, more_outs)), bias if bias is None else F.pad(bias, (0, more_outs))
         if more or more_ins:
             rows = F.pad(rows, (0, more_ins, 0, more))
-        return F.linear(rows, weight, bias)[:number, :outs].reshape(*input.shape[:-1], outs)
+        return F.linear(rows, weight, bias)[:number, :outs].contiguous().view(*input.shape[:-1], outs)
 
 
 def padded_rows(number: int, samples: int = 1) -> int:
@@ -69,7 +69,7 @@ def _curve(func, input, *args, inplace=False, **kwargs):
     more = -input.numel() % (VECTOR * torch.get_num_threads())  # threads have parts of one size then
     if input.device.type != "cpu" or not more or not input.numel() or "out" in kwargs or any(a is True for a in args):
         return func(input, *args, **kwargs, **inplace_too)
-    order = (0, 2, 3, 1) if input.dim() == 4 and not input.is_contiguous() and input.stride(1) == 1 else tuple(range(input.dim()))  # as it lies in memory
+    order = sorted(range(input.dim()), key=lambda axis: -input.stride(axis))  # as it lies in memory, and so will what is found
     lying = input.permute(order)
-    found = func(F.pad(lying.reshape(-1), (0, more)), *args, **kwargs)[: input.numel()].reshape(lying.shape).permute(tuple(order.index(axis) for axis in range(input.dim())))
+    found = func(F.pad(lying.reshape(-1), (0, more)), *args, **kwargs)[: input.numel()].view(lying.shape).permute([order.index(axis) for axis in range(input.dim())])
     return input.copy_(found) if inplace else found
