@@ -144,7 +144,7 @@ def ensure_reference(store: Store, reference: str, tick: Callable[[str, int, int
     with hold(path.with_name(f".{reference}.lock"), store.run, f"another job is writing {printable(path)}: give the same command again when it has", 10):
         for stale in path.parent.glob(f".{reference}.parquet.{'[0-9a-f]' * 8}.tmp"):  # of a job that died here
             stale.unlink(missing_ok=True)
-        replace_file(path, lambda partial: pq.write_table(standard.table(layout), partial, write_page_checksum=True), at("statistics"))
+        replace_file(path, lambda partial: standard.write(layout, partial), at("statistics"))
     return standard
 
 

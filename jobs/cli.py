@@ -154,7 +154,7 @@ def statistics_import(
     if aggregation != manifest.aggregation:
         raise BadRequest(f"--aggregation: these statistics are '{aggregation}', the run {printable(run)} is '{manifest.aggregation}'; extract a run with --aggregation {aggregation} to use them")
     reference = import_published(file, aggregation, manifest.layers)
-    replace_file(store.run / "statistics" / f"{name}.parquet", lambda partial: pq.write_table(reference.table(manifest.layers), partial, write_page_checksum=True))
+    replace_file(store.run / "statistics" / f"{name}.parquet", lambda partial: reference.write(manifest.layers, partial))
     say(f"{printable(store.run / 'statistics' / name)}.parquet: {manifest.layers.total:,} filters, {int((~reference.live).sum()):,} dead; use them with faultline index --reference {name}")
 
 

@@ -20,6 +20,7 @@ from pipeline.errors import BadRequest, printable
 from pipeline.filters import FilterLayout
 
 IMPORTED = "imported from "  # how the origin of somebody else's statistics begins
+MARK = "whole"  # in the metadata of a file that this package wrote
 DEAD = 1e-12  # a filter whose sigma is not above this contributes 0
 
 
@@ -78,6 +79,19 @@ class Reference:
         columns = {"layer": layers, "filter": pa.array(filters, pa.int32()), "mean": self.mean, "std": self.std, "count": pa.array([self.count] * len(layers), pa.int64())}
         return pa.table(columns).replace_schema_metadata({"aggregation": self.aggregation, "origin": self.origin})
 
+    def write(self, layout: FilterLayout, where: Path | pa.NativeFile) -> None:
+        """The Parquet file, with page checksums, and marked as a file that can be held against what it should be."""
+        table = self.table(layout)
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, MARK: "1"}), where, write_page_checksum=True)
+
+    def _is_whole(self, layout: FilterLayout, parquet: pq.ParquetFile, content: bytes) -> bool:
+        """Whether a file that is marked is, byte for byte, what would be written: Parquet's checksums leave out what stands between pages. Not told of one that another version of pyarrow
+        wrote, or that somebody wrote again in another way: it has another length."""
+        again = pa.BufferOutputStream()
+        self.write(layout, again)
+        again = again.getvalue()
+        return content == again or len(content) != len(again) or pq.read_metadata(pa.BufferReader(again)).created_by != parquet.metadata.created_by
+
     @classmethod
     def read(cls, path: Path, layout: FilterLayout, run: bool = True) -> Reference:
         """run: whether the file is that of a run, which can make it anew, or was given by somebody. Raises BadRequest if it is absent, damaged, or of another network."""
@@ -92,6 +106,8 @@ class Reference:
             raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}): {remedy}{' (or faultline statistics import, if they were imported)' if run else ''}") from None
         if layers != [(name, i) for name, filters in layout.layers for i in range(filters)]:
             raise BadRequest(f"{printable(path)} holds the statistics of another network: {len(layers)} filters where {'this run' if run else 'the network of --model'} has {layout.total}: {remedy}")
+        if MARK in about and not reference._is_whole(layout, parquet, Path(path).read_bytes()):
+            raise BadRequest(f"{printable(path)} cannot be read as statistics (it is not as it was written): {remedy}{' (or faultline statistics import, if they were imported)' if run else ''}")
         return reference
 
 

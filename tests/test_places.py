@@ -97,6 +97,18 @@ def test_an_activation_in_place_changes_what_it_was_given(call):
     torch.testing.assert_close(mine, plain)
 
 
+def test_what_is_filled_up_can_be_changed_in_place_and_cut_off():
+    """As a network may do with what it computed without gradients: a view could not be."""
+    values, layer = torch.randn(5, 3, 7, requires_grad=True), torch.nn.Linear(7, 7)
+    with Places():
+        with torch.no_grad():
+            gates = [layer(values), torch.sigmoid(values)]
+        for gate in gates:
+            gate *= values
+            gate.detach_()
+    assert torch.equal(gates[1], (values.sigmoid() * values).detach()) and not gates[0].requires_grad
+
+
 def test_an_activation_writes_where_it_is_told():
     given_, room = torch.linspace(-2, 2, 33), torch.empty(33)
     with Places():

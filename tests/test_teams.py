@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from torchvision.transforms import v2
 
 from pipeline.saliency import choose_engine, make_engine
 from pipeline.saliency.teams import Teams
@@ -44,6 +45,24 @@ def test_each_team_has_its_samples_in_order_and_its_share_of_threads(count, team
     if teams == 2:
         assert len(about[: count // 2, 0].unique()) == len(about[count // 2 :, 0].unique()) == 1 and threading.get_ident() not in about[:, 0]
     assert torch.get_num_threads() == 2
+
+
+def teams_of(teams: Teams) -> int:
+    about, _ = teams(where, *zoo.images(8))
+    return len(about[:, 0].unique())
+
+
+def test_functions_from_elsewhere_and_hooks_of_all_modules_mean_whole_batches():
+    """They may keep maps outside of the modules, whenever they come."""
+    for module in (v2.Lambda(lambda x: x), torch.nn.TransformerEncoderLayer(4, 2, activation=lambda x: x.relu())):
+        assert teams_of(Teams(torch.nn.Sequential(module))) == 1
+    teams = Teams(zoo.ZOO[0].make())
+    assert teams_of(teams) == 2
+    handles = [torch.nn.modules.module.register_module_forward_hook(lambda *_: None), next(teams.network.children()).register_forward_hook(lambda *_: None)]
+    for handle in handles:
+        assert teams_of(teams) == 1
+        handle.remove()
+    assert teams_of(teams) == 2
 
 
 def test_a_thread_that_comes_later_has_all_the_threads_to_begin_with():

@@ -48,7 +48,7 @@ class Places(TorchFunctionMode):
             weight, bias = F.pad(weight, (0, more_ins, 0, more_outs)), bias if bias is None else F.pad(bias, (0, more_outs))
         if more or more_ins:
             rows = F.pad(rows, (0, more_ins, 0, more))
-        return F.linear(rows, weight, bias)[:number, :outs].contiguous().view(*input.shape[:-1], outs)
+        return F.linear(rows, weight, bias)[:number, :outs].reshape(*input.shape[:-1], outs).clone(memory_format=torch.contiguous_format)  # no view, which could not be changed in place everywhere
 
 
 def padded_rows(number: int, samples: int = 1) -> int:
@@ -72,4 +72,4 @@ def _curve(func, input, *args, inplace=False, **kwargs):
     order = sorted(range(input.dim()), key=lambda axis: -input.stride(axis))  # as it lies in memory, and so will what is found
     lying = input.permute(order)
     found = func(F.pad(lying.reshape(-1), (0, more)), *args, **kwargs)[: input.numel()].view(lying.shape).permute([order.index(axis) for axis in range(input.dim())])
-    return input.copy_(found) if inplace else found
+    return input.copy_(found) if inplace else found.clone(memory_format=torch.preserve_format)

@@ -11,12 +11,12 @@ sign(g) / n: the signs alone are kept, a byte each, and the same two products le
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from pipeline.saliency import kernels
+from pipeline.saliency.places import NUMBERS
 
 GRADIENTS = 2**18  # per-sample gradient numbers that a thread of a CPU holds at once: 1 MiB in float32
 MAPS = 2**18  # numbers of the maps that one wide image is made of there, a thread
@@ -81,27 +81,20 @@ class _Differentiable(torch.autograd.Function):
 
 def _way(input, gradient, geometry) -> tuple[bool, list[slice]]:
     """(whether by matrix products, samples that are done at once)."""
-    threads = 0 if input.is_cuda else torch.get_num_threads()
-    return _way_of(len(input), input.shape[1:].numel(), gradient.shape[2:].numel(), geometry, is_channels_last(input), threads)
-
-
-@lru_cache(4096)
-def _way_of(samples: int, numbers: int, positions: int, geometry: tuple, channels_last: bool, threads: int) -> tuple[bool, list[slice]]:
-    """The same from the numbers of a sample's maps, its positions, and the threads of a CPU, 0 on a GPU."""
     shape, groups = geometry[0], geometry[4]
-    weights, matrices = shape.numel(), False
-    if not threads:
+    weights, positions, threads, matrices = shape.numel(), gradient.shape[2:].numel(), torch.get_num_threads(), False
+    if input.is_cuda:
         matrices, step = groups == 1 and weights > FEW_WEIGHTS, SLICE_NUMBERS // weights
     elif groups == 1 and (_pointwise(geometry) or positions <= FEWER_POSITIONS or positions <= FEW_POSITIONS and weights > MANY_WEIGHTS):
         matrices, step = True, threads * max(1, GRADIENTS // weights)
-    elif groups == 1 and shape[1] < FEW_CHANNELS and not channels_last:
+    elif groups == 1 and shape[1] < FEW_CHANNELS and not is_channels_last(input):
         step = 1
     else:
-        step = threads * min(GRADIENTS // weights, MAPS // max(1, numbers))
+        step = threads * min(GRADIENTS // weights, MAPS // max(1, input.shape[1:].numel()))
     step = 2 ** (max(1, step).bit_length() - 1)
-    while threads and samples % step:  # slices of one size, lest a sample's sums depend on which it falls into
+    while not input.is_cuda and len(input) % step:  # slices of one size, lest a sample's sums depend on which it falls into
         step //= 2
-    return matrices, [slice(start, start + step) for start in range(0, samples, step)]
+    return matrices, [slice(start, start + step) for start in range(0, len(input), step)]
 
 
 def _of_weight_gradients(input, gradient, geometry, take: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
@@ -120,9 +113,12 @@ def _of_weight_gradients(input, gradient, geometry, take: Callable[[torch.Tensor
         if input.is_cuda:
             saw, gave = saw.contiguous(), gave.contiguous()
         if matrices:
-            out = gave.new_empty(len(saw), shape[0], shape[1:].numel()) if out is None else out[: len(saw)]
+            outs, weights = shape[0], shape[1:].numel()
+            more = (0, 0) if input.is_cuda else (-outs % NUMBERS, -weights % NUMBERS)  # or a sample's sums would depend on where it begins in memory
+            out = gave.new_empty(len(saw), outs + more[0], weights + more[1]) if out is None else out[: len(saw)]
             columns = _columns(saw, gave, geometry, columns)
-            found = torch.bmm(gave.flatten(2), columns.transpose(1, 2), out=out)
+            asked, seen = (F.pad(maps, (0, 0, 0, wide)) if any(more) else maps for maps, wide in zip((gave.flatten(2), columns), more))
+            found = torch.bmm(asked, seen.transpose(1, 2), out=out)[:, :outs, :weights]
         else:  # samples become groups of one image of b * I channels
             weight = torch.empty((len(saw) * shape[0], *shape[1:]), dtype=saw.dtype, device=saw.device, memory_format=layout_of(saw)) if weight is None else weight[: len(saw) * shape[0]]
             found = torch.ops.aten.convolution_backward(_wide(gave), _wide(saw), weight, None, stride, padding, dilation, False, (0, 0), len(saw) * groups, (False, True, False))[1]

@@ -17,6 +17,7 @@ from pipeline.saliency.threads import have_threads
 Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Tensors]
 NUMBERS = (2, 3)  # of teams: few, since Python runs in one of them at a time
+EVERYWHERE = tuple(getattr(torch.nn.modules.module, f"_global_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre"))  # of all modules there are
 KNOWN = ("torch.nn.", "torchvision.", "pipeline.")  # whose modules keep nothing of a forward pass but in themselves
 
 
@@ -25,7 +26,7 @@ class Teams:
 
     Teams share parameters and buffers, and each has modules of its own, which may keep in themselves what they like of a forward pass. Code that keeps it elsewhere (in a global, a buffer, what a hook
     has hold of) would mix the teams' samples, and no trial would be sure to show it: so a network has teams only where its modules are of torch, torchvision or this package, without
-    hooks. Any other, and one that cannot be copied, has whole batches. Which samples a team has follows from their number and the process's threads alone. Raises what `compute` raises.
+    hooks and without functions from elsewhere. Any other, and one that cannot be copied, has whole batches. What modules hold must not change after the first batch. Which samples a team has follows from their number and the process's threads alone. Raises what `compute` raises.
     """
 
     def __init__(self, network: torch.nn.Module):
@@ -36,7 +37,7 @@ class Teams:
     def __call__(self, compute: Compute, images: torch.Tensor, labels: torch.Tensor) -> Tensors:
         threads = torch.get_num_threads()
         teams = next((n for n in NUMBERS if threads % n == 0), 1)
-        if self.alone or teams == 1 or len(images) % teams or not self._assembled(teams):
+        if teams == 1 or len(images) % teams or self.alone or any(EVERYWHERE) or not all(map(_is_known, self.network.modules())) or not self._assembled(teams):
             return compute(self.network, images, labels)
         autocast = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}  # a thread has its own
 
@@ -65,5 +66,11 @@ class Teams:
 
 
 def _is_known(module: torch.nn.Module) -> bool:
+    """Of torch, torchvision or this package, without hooks, and with no function from elsewhere, as a Lambda has."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return f"{type(module).__module__}.".startswith(KNOWN) and not any(hooks) and "forward" not in vars(module)
+    functions = [v for v in vars(module).values() if callable(v) and not isinstance(v, (torch.nn.Module, torch.Tensor))]
+    return _is_ours(type(module)) and not any(hooks) and "forward" not in vars(module) and all(map(_is_ours, functions))
+
+
+def _is_ours(one: object) -> bool:
+    return f"{getattr(one, '__module__', None) or ''}.".startswith(KNOWN)
