@@ -136,7 +136,6 @@ def statistics_import(
     aggregation: Annotated[str, typer.Option(help="How they were aggregated, abs or signed. It must be the run's.")],
 ) -> None:
     """Somebody else's mean and std, such as the authors' published ones, as a reference."""
-
     from jobs.extract import AGGREGATIONS, DATASET
     from pipeline.atomic import replace_file
     from pipeline.statistics import import_published
