@@ -27,6 +27,16 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone after the test."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real photographs and trained networks; the test is skipped where there is none."""

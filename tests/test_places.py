@@ -14,11 +14,8 @@ NAMED = sorted(CURVES, key=str)
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+def two_threads(set_threads):
+    set_threads(2)
 
 
 def with_gradient(function, values: torch.Tensor, above: torch.Tensor, places: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,6 +29,15 @@ def with_gradient(function, values: torch.Tensor, above: torch.Tensor, places: b
     return found.detach(), torch.autograd.grad(found, values, above)[0]
 
 
+def check(function, values: torch.Tensor, above: torch.Tensor, order, rtol: float, atol: float) -> None:
+    """In that order values and gradients are bit for bit the same; and they are the function's."""
+    found, gradient = with_gradient(function, values, above)
+    again, its = with_gradient(function, values[order], above[order])
+    assert torch.equal(again, found[order]) and torch.equal(its, gradient[order])
+    for mine, plain in zip((found, gradient), with_gradient(function, values, above, places=False)):
+        torch.testing.assert_close(mine, plain, rtol=rtol, atol=atol)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_row_of_a_linear_layer_is_free_of_its_place(data):
@@ -41,11 +47,7 @@ def test_a_row_of_a_linear_layer_is_free_of_its_place(data):
     values, above, weight, bias = torch.randn(rows, ins), torch.randn(rows, outs), torch.randn(outs, ins), torch.randn(outs) if data.draw(st.booleans()) else None
     layer = lambda values: F.linear(values, weight, bias)  # noqa: E731
     order = torch.tensor(data.draw(st.permutations(range(rows))))
-    found, gradient = with_gradient(layer, values, above)
-    again, its = with_gradient(layer, values[order], above[order])
-    assert torch.equal(again, found[order]) and torch.equal(its, gradient[order])
-    for mine, plain in zip((found, gradient), with_gradient(layer, values, above, places=False)):
-        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-3)
+    check(layer, values, above, order, rtol=1e-4, atol=1e-3)
 
 
 @settings(max_examples=150, deadline=None)
@@ -59,11 +61,7 @@ def test_a_sample_of_an_activation_is_free_of_its_place(data):
     if len(shape) == 4 and data.draw(st.booleans()):
         values, above = (t.contiguous(memory_format=torch.channels_last) for t in (values, above))
     order = torch.tensor(data.draw(st.permutations(range(shape[0]))))
-    found, gradient = with_gradient(function, values, above)
-    again, its = with_gradient(function, values[order], above[order])
-    assert torch.equal(again, found[order]) and torch.equal(its, gradient[order])
-    for mine, plain in zip((found, gradient), with_gradient(function, values, above, places=False)):
-        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+    check(function, values, above, order, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,10 +131,7 @@ def test_a_convolution_of_maps_of_one_place_is_free_of_its_place(ins, outs, thre
     torch.set_num_threads(threads)
     values, above, weight, order = torch.randn(8, ins, 1, 1), torch.randn(8, outs, 1, 1), torch.randn(outs, ins, 1, 1), [5, 2, 7, 0, 1, 6, 4, 3]
     layer = lambda values: F.conv2d(values, weight)  # noqa: E731
-    found, gradient = with_gradient(layer, values, above)
-    again, its = with_gradient(layer, values[order], above[order])
-    assert torch.equal(again, found[order]) and torch.equal(its, gradient[order])
-    torch.testing.assert_close(found, layer(values), rtol=1e-5, atol=1e-5)
+    check(layer, values, above, order, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_are_filled_up_to_what_products_take_at_once():

@@ -21,11 +21,8 @@ KNOWN = [a for a in zoo.ZOO if a.engine == "fused" and all(type(m).__module__.st
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+def two_threads(set_threads):
+    set_threads(2)
 
 
 def where(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:

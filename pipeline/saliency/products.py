@@ -114,7 +114,7 @@ def _of_weight_gradients(input, gradient, geometry, take: Callable[[torch.Tensor
             saw, gave = saw.contiguous(), gave.contiguous()
         if matrices:
             outs, weights = shape[0], shape[1:].numel()
-            more = (0, 0) if input.is_cuda else (-outs % NUMBERS, -weights % NUMBERS)  # or a sample's sums would depend on where it begins in memory
+            more = (-outs % NUMBERS, -weights % NUMBERS) if (outs % 2 or weights % 2) and not input.is_cuda else (0, 0)  # or a sample's sums would depend on where it begins in memory
             out = gave.new_empty(len(saw), outs + more[0], weights + more[1]) if out is None else out[: len(saw)]
             columns = _columns(saw, gave, geometry, columns)
             asked, seen = (F.pad(maps, (0, 0, 0, wide)) if any(more) else maps for maps, wide in zip((gave.flatten(2), columns), more))
