@@ -155,16 +155,21 @@ class Profiler:
                 if self.on_gpu:
                     torch.cuda.empty_cache()
 
-    def _launch_rows(self, places: dict[int, Sample]) -> Launched:
-        """The same, of rows that are computed at once."""
+    def transfer(self, places: dict[int, Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pixels uint8 [most, H, W, 3], labels int64 [most]) on the device, of samples of one shape, each in its place and one of them in all that are empty: begun, on a GPU, and not waited for."""
         filler = next(iter(places.values()))
         padded = [places.get(row, filler) for row in range(self.most)]
         pixels = torch.empty(self.most, *filler.pixels.shape, dtype=torch.uint8, pin_memory=self.on_gpu)
         np.stack([s.pixels for s in padded], out=pixels.numpy())
         labels = torch.tensor([s.label for s in padded], pin_memory=self.on_gpu)
+        return pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _launch_rows(self, places: dict[int, Sample]) -> Launched:
+        """The same as `_launch`, of rows that are computed at once."""
+        pixels, labels = self.transfer(places)
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.manifest.precision == "bf16" else contextlib.nullcontext()
         with bf16:
-            result = self.engine(self.manifest.preprocessing.normalise(pixels.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True))
+            result = self.engine(self.manifest.preprocessing.normalise(pixels), labels)
         if not self.on_gpu:
             return Launched(list(places), tuple(t.float() for t in result), None)
         back = tuple(torch.empty(t.shape, pin_memory=True).copy_(t, non_blocking=True) for t in result)

@@ -69,6 +69,7 @@ def test_the_line_is_measured_beside_the_engine_and_stage_by_stage():
     rows = {row["what"]: row for row in ended.json}
     stages = [rows[f"{stage}, of one image"] for stage in ("read", "decode", "engine", "write")]
     assert sum(row["ratio"] for row in stages) == pytest.approx(1) and all(row["value"] > 0 for row in stages)
+    assert rows["transfer, of one image"]["floor"] == stages[2]["value"] > rows["transfer, of one image"]["value"] > 0, "a part of the engine's"
     assert rows["whole line in one process"]["floor"] == rows["engine"]["value"] == pytest.approx(1000 / stages[2]["value"])
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from jobs import begin, cluster
+from jobs.bench.measure import now
 from jobs.bench.peers import PEERS, peer
 from jobs.progress import say
 from pipeline import models
@@ -91,7 +92,7 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
             try:
                 run = _contender(c, network, images, labels)
                 run(images, labels)  # warm
-                _now(device)  # what goes wrong on a GPU is told here, and not by the next
+                now(device)  # what goes wrong on a GPU is told here, and not by the next
                 peaks[c] = _peak(lambda: run(images, labels), device)
                 chosen[c] = run
             except BadRequest:
@@ -104,9 +105,9 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
         for turn in range(rounds):
             order = list(chosen)
             for c in order[turn % len(order) :] + order[: turn % len(order)]:
-                start = _now(device)
+                start = now(device)
                 chosen[c](images, labels)
-                seconds[c].append(_now(device) - start)
+                seconds[c].append(now(device) - start)
             say(f"{name}: round {turn + 1} of {rounds}, " + ", ".join(f"{c} {len(images) / seconds[c][-1]:,.1f}/s" for c in order))
         found = {c: chosen[c](images, labels)[:WITNESSES] for c in chosen if c not in STEPS}
     errors = _errors(network, images[:WITNESSES], labels[:WITNESSES], found)
@@ -235,12 +236,12 @@ def _vmap(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) 
 
     def timed(chunk: int) -> float:
         engine.chunk = chunk
-        start = _now(images.device.type)
+        start = now(images.device.type)
         try:
             engine(images, labels)
         except torch.OutOfMemoryError:
             return float("inf")
-        return _now(images.device.type) - start
+        return now(images.device.type) - start
 
     timed(1)  # warm
     engine.chunk = min((c for c in CHUNKS if c <= len(images)), key=timed)
@@ -264,12 +265,6 @@ def _errors(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor
     exact = copy.deepcopy(network).double()
     truth = _loop(exact.requires_grad_(True))(images.double(), labels)
     return {c: float(((s.double() - truth).norm(dim=1) / truth.norm(dim=1)).max()) for c, s in found.items()}
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _peak(run: Callable[[], object], device: str) -> int | None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from jobs.progress import say
 
 
@@ -25,6 +27,13 @@ class Measure:
     @classmethod
     def over(cls, what: str, value: float, unit: str, beside: str, floor: float) -> Measure:
         return cls(what, value, unit, beside, floor, value / floor)
+
+
+def now(device: str) -> float:
+    """Seconds on a clock, once all that was asked of the device (cpu or cuda) is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def medians(turns: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """`faultline bench pipeline`: real shards through the whole line, as a share of the engine's own rate; where the time goes; growth with engines.
 
 The engine's own rate is that of the same network, threads and batch on images that are decoded already. Stages are timed one after the other in
-one process, so that their sum is the work of an image, whoever does it.
+one process, so that their sum is the work of an image, whoever does it. The transfer of pixels to the device is a part of the engine's, and told beside it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import cluster, digits
-from jobs.bench.measure import Measure
+from jobs.bench.measure import Measure, now
 from jobs.extract import Settings, extract
 from jobs.progress import say
 from pipeline.errors import BadRequest, printable
 from pipeline.profiler import Profiler
-from pipeline.samples import decode
+from pipeline.samples import Sample, decode
 from pipeline.sources import reader
 from pipeline.store import Store
 from pipeline.units import interval_of, plan
@@ -57,13 +57,13 @@ def _number(word: str) -> int:
 
 
 def _stages(store: Store, device: str) -> list[Measure]:
-    """Seconds of an image in each stage, one after the other, over the units of a run that is there; `engine` as a rate beside."""
+    """Milliseconds of an image in each stage, one after the other, over the units of a run that is there; `transfer` once more alone, beside the engine whose part it is; `engine` as a rate too."""
     manifest, census = store.manifest(), store.census("val")
     units = plan("val", census.asked, [], manifest.unit_samples, census.limit)
     profiler = Profiler.restore(store.run, device)
     own = reader(census.kind, census.root)
     seconds = dict.fromkeys(("read", "decode", "engine", "write"), 0.0)
-    images = 0
+    images, transfer = 0, 0.0
     again = Store(store.run.with_name("stages"))
     for turn, unit in enumerate([units[0], *units]):  # the first is done twice: once to warm
         marks = [time.perf_counter()]
@@ -79,10 +79,22 @@ def _stages(store: Store, device: str) -> list[Measure]:
             images += unit.samples
             for name, a, b in zip(seconds, marks, marks[1:]):
                 seconds[name] += b - a
+            transfer += _transfer(profiler, samples, device)
             say(f"stages: {images:,} of {census.samples:,} images")
     total = sum(seconds.values())
     found = [Measure.over(f"{name}, of one image", 1000 * spent / images, "ms", "all stages", 1000 * total / images) for name, spent in seconds.items()]
+    found.insert(2, Measure.over("transfer, of one image", 1000 * transfer / images, "ms", "the engine, whose part it is", 1000 * seconds["engine"] / images))
     return [*found, Measure("engine", images / seconds["engine"], "images/s")]
+
+
+def _transfer(profiler: Profiler, samples: list[Sample], device: str) -> float:
+    """Seconds that pixels take into a batch and onto the device, batch by batch."""
+    good = [s for s in samples if not s.reason]
+    alike = [s for s in good if s.pixels.shape == good[0].pixels.shape]
+    start = now(device)
+    for first in range(0, len(alike), profiler.most):
+        profiler.transfer(dict(enumerate(alike[first : first + profiler.most])))
+    return now(device) - start
 
 
 def _rate(settings: Settings) -> float | None:
