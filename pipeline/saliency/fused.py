@@ -51,6 +51,7 @@ class FusedEngine:
         self.names = [name for name, _ in layout.layers]
         self.weights = [p for p in network.parameters() if p.dim() == 4]
         self.folds: dict[int, Fold] | None = None
+        self.laid: dict[int, torch.Tensor] = {}  # layer -> its weight as its maps lie, where it lies otherwise
         self.channels_last = False
         self.replays, self.teams = Replays(), Teams(network)
 
@@ -104,13 +105,14 @@ class FusedEngine:
             self.channels_last = takes_channels_last(self.network, images[:2].detach())
             found = folds(self.network, self.weights, self._laid_out(images[:1].detach()))
             self.folds = {layer: replace(fold, weight=self._laid_out(fold.weight)) for layer, fold in found.items()}
+            self.laid = {i: self._laid_out(w.detach()) for i, w in enumerate(self.weights) if i not in found and self.channels_last and not w.is_contiguous(memory_format=torch.channels_last)}
 
     def _laid_out(self, maps: torch.Tensor) -> torch.Tensor:
         """A copy of images, which the network may change in place, or of a weight: channels-last if it takes such maps, as convolutions like them best."""
         return maps.clone(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def _sink(self, images: torch.Tensor) -> _Sink:
-        return _Sink(self.names, self.weights, self.folds or {}, images, self.aggregation)
+        return _Sink(self.names, self.weights, self.folds or {}, self.laid, images, self.aggregation)
 
 
 class _Sink(TorchFunctionMode):
@@ -120,10 +122,10 @@ class _Sink(TorchFunctionMode):
     not depend on it); strange: uses of a 4-D weight that are not one plain convolution.
     """
 
-    def __init__(self, names: list[str], weights: list[torch.nn.Parameter], folds: dict[int, Fold], images: torch.Tensor, aggregation: str):
+    def __init__(self, names: list[str], weights: list[torch.nn.Parameter], folds: dict[int, Fold], laid: dict[int, torch.Tensor], images: torch.Tensor, aggregation: str):
         super().__init__()
         self.names, self.layer = names, {id(w): i for i, w in enumerate(weights)}
-        self.folds = folds
+        self.folds, self.laid = folds, laid
         self.awaited: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}  # id of what the network has of a folded convolution -> (layer, it, its output), until its BatchNorm comes
         self.spent: dict[int, tuple[int, weakref.ref]] = {}  # the same, (layer, it), once its BatchNorm has come
         wide = torch.float64 if images.dtype == torch.float64 else torch.float32
@@ -187,7 +189,8 @@ class _Sink(TorchFunctionMode):
         fold = self.folds.get(layer)
         if fold:
             weight, bias = fold.weight, fold.bias
-        weight = weight.contiguous(memory_format=layout_of(input))
+        if not weight.is_contiguous(memory_format=layout_of(input)):
+            weight = self.laid.get(layer, weight).contiguous(memory_format=layout_of(input))
         self.frozen.append(weight.detach().requires_grad_(True))  # makes the output part of the graph; its own gradient is never computed
         output = _Convolution.apply(input, self.frozen[-1], bias, stride, _pair(padding), dilation, groups, self, layer)
         if not fold:
