@@ -71,6 +71,7 @@ def pipeline(
     max_samples: Annotated[int, typer.Option(help="Images that go through the line each time.")] = 512,
     device: Device = None,
     actors: Annotated[str, typer.Option(help="Numbers of engines whose rates are compared on Ray, separated by commas; empty: none.")] = "1,2,4",
+    rounds: Annotated[int, typer.Option(help="Turns that each takes; medians are compared.")] = 1,
     format: Record = "table",
 ) -> None:
     """The whole line on real shards: images a second as a share of the engine's own rate, where the time goes, and growth with engines."""
@@ -78,7 +79,7 @@ def pipeline(
     from jobs.bench.pipeline import bench_pipeline
 
     output.check_format(format, ("table", "json"))
-    output.measures(bench_pipeline(source, model, weights, preprocess, max_samples, device, actors), format)
+    output.measures(bench_pipeline(source, model, weights, preprocess, max_samples, device, actors, rounds), format)
 
 
 def _words(option: str, text: str | None, default: Sequence[str]) -> list[str]:

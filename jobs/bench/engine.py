@@ -47,7 +47,7 @@ Contender = Callable[[torch.Tensor, torch.Tensor], object]
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one network. ratio_to_step: its median time to the step's; peak_bytes: of memory above what was held before, of one batch,
+    """One contender on one network. ratio_to_step: its median time to the step's; peak_bytes: of memory above what was held before, of one batch, gradients included,
     None where it cannot be told; relative_error: the largest over a few images of s̄ against float64, None where there is no s̄."""
 
     model: str
@@ -198,7 +198,7 @@ def _step(network: torch.nn.Module, images: torch.Tensor, name: str) -> Contende
         teams = Teams(network)
         return lambda images, labels: [g.sum(0) for g in teams(gradients, images, labels)]
     if not images.is_cuda:
-        return compute
+        return lambda images, labels: (compute(images, labels), network.zero_grad(set_to_none=True))  # as an optimiser does: what is held before the next batch is the network alone
     replays = Replays()
     return lambda images, labels: replays(compute, images, labels)
 
@@ -214,6 +214,7 @@ def _loop(network: torch.nn.Module) -> Contender:
         for image, label in zip(images, labels):
             step(network, image[None], label[None])
             rows.append(torch.cat([reduce_filters(p.grad[None], "abs")[0] if p.grad is not None else p.new_zeros(p.shape[0]) for p in network.parameters() if p.dim() == 4]))
+        network.zero_grad(set_to_none=True)
         return torch.stack(rows)
 
     return run

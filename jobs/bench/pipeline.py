@@ -1,13 +1,13 @@
 """`faultline bench pipeline`: real shards through the whole line, as a share of the engine's own rate; where the time goes; growth with engines.
 
 The engine's own rate is that of the same network, threads and batch on images that are decoded already. Stages are timed one after the other in
-one process, so that their sum is the work of an image, whoever does it. The transfer of pixels to the device is a part of the engine's, and told beside it.
+one process, so that their sum is the work of an image, whoever does it. The transfer of pixels to the device is a part of the engine's, and told beside it. Rates drift on a shared machine: rounds interleave them, and medians are compared.
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +23,13 @@ from pipeline.store import Store
 from pipeline.units import interval_of, plan
 
 
-def bench_pipeline(source: str | None, model: str | None, weights: str | None, preprocess: str | None, max_samples: int, device: str | None, actors: str) -> list[Measure]:
-    """Raises BadRequest for what cannot be measured."""
+def bench_pipeline(source: str | None, model: str | None, weights: str | None, preprocess: str | None, max_samples: int, device: str | None, actors: str, rounds: int) -> list[Measure]:
+    """Medians over rounds in which stages, the line in one process and the line on Ray have their turn each. Raises BadRequest for what cannot be measured."""
     if (source is None) != (model is None):
         raise BadRequest("--source and --model go together; without both, the demo's digits are measured")
-    if max_samples < 1:
-        raise BadRequest(f"--max-samples: {max_samples} is less than 1")
+    for value, option in ((max_samples, "--max-samples"), (rounds, "--rounds")):
+        if value < 1:
+            raise BadRequest(f"{option}: {value} is less than 1")
     engines = [_number(word) for word in actors.split(",") if word.strip()]
     device = cluster.device_for(device, "local")
     with tempfile.TemporaryDirectory(prefix="faultline-bench-") as folder:
@@ -37,17 +38,27 @@ def bench_pipeline(source: str | None, model: str | None, weights: str | None, p
             source, model, weights = made.source("val"), digits.MODEL, str(made.weights)
         settings = Settings(Path(folder) / "run", "val", source, model, weights, preprocess, device=device, max_samples=max_samples, force=True)
         extract(settings)
-        found = _stages(Store(settings.run), device)
-        engine = next(m for m in found if m.what == "engine").value
-        whole = _rate(replace(settings, run=Path(folder) / "here", actors=None))
-        if whole:
-            found.append(Measure.over("whole line in one process", whole, "images/s", "the engine alone", engine))
-        for count in engines:
-            say(f"{count} engine{'s' * (count != 1)} on Ray")
-            rate = _rate(replace(settings, run=Path(folder) / f"on-{count}", actors=(count, count), address="local"))
-            if rate:
-                found.append(Measure.over(f"whole line with {count} engine{'s' * (count != 1)} on Ray", rate, "images/s", "the engine alone", engine))
-    return found
+        lines = {"in one process": replace(settings, actors=None)}
+        lines |= {f"with {count} engine{'s' * (count != 1)} on Ray": replace(settings, actors=(count, count), address="local") for count in dict.fromkeys(engines)}
+        stages: list[dict[str, float]] = []
+        rates: dict[str, list[float]] = {name: [] for name in lines}
+        for turn in range(rounds):
+            stages.append(_stages(Store(settings.run), device))
+            for number, (name, line) in enumerate(lines.items()):
+                say(f"round {turn + 1} of {rounds}: the line {name}")
+                rates[name] += _rate(replace(line, run=Path(folder) / f"{turn}-{number}"))
+    return _measures({stage: statistics.median(taken[stage] for taken in stages) for stage in stages[0]}, {name: statistics.median(found) for name, found in rates.items() if found})
+
+
+def _measures(stages: dict[str, float], rates: dict[str, float]) -> list[Measure]:
+    """stages: milliseconds of an image in each; rates: images a second of whole lines."""
+    total = sum(spent for stage, spent in stages.items() if stage != "transfer")  # which is a part of the engine's
+    found = []
+    for stage, spent in stages.items():
+        beside = ("the engine, whose part it is", stages["engine"]) if stage == "transfer" else ("all stages", total)
+        found.append(Measure.over(f"{stage}, of one image", spent, "ms", *beside))
+    alone = 1000 / stages["engine"]
+    return [*found, Measure("engine", alone, "images/s"), *(Measure.over(f"whole line {name}", rate, "images/s", "the engine alone", alone) for name, rate in rates.items())]
 
 
 def _number(word: str) -> int:
@@ -56,53 +67,49 @@ def _number(word: str) -> int:
     return int(word)
 
 
-def _stages(store: Store, device: str) -> list[Measure]:
-    """Milliseconds of an image in each stage, one after the other, over the units of a run that is there; `transfer` once more alone, beside the engine whose part it is; `engine` as a rate too."""
+def _stages(store: Store, device: str) -> dict[str, float]:
+    """Milliseconds of an image in each stage, one after the other, over the units of a run that is there. `transfer` is done once more, alone: it is a part of the engine's."""
     manifest, census = store.manifest(), store.census("val")
     units = plan("val", census.asked, [], manifest.unit_samples, census.limit)
     profiler = Profiler.restore(store.run, device)
     own = reader(census.kind, census.root)
-    seconds = dict.fromkeys(("read", "decode", "engine", "write"), 0.0)
-    images, transfer = 0, 0.0
+    seconds = dict.fromkeys(("read", "decode", "transfer", "engine", "write"), 0.0)
+    images = 0
     again = Store(store.run.with_name("stages"))
     for turn, unit in enumerate([units[0], *units]):  # the first is done twice: once to warm
-        marks = [time.perf_counter()]
+        marks = [now(device)]
         raw = list(own.read(unit.marks, unit.shard, unit.start, unit.stop))
-        marks.append(time.perf_counter())
+        marks.append(now(device))
         samples = [decode(r, manifest.preprocessing, manifest.classes) for r in raw]
-        marks.append(time.perf_counter())
+        marks.append(now(device))
+        _transfer(profiler, samples)
+        marks.append(now(device))
         parts = list(profiler.parts(samples, unit.shard, unit.start))
-        marks.append(time.perf_counter())
+        marks.append(now(device))
         again.commit(unit, parts)
-        marks.append(time.perf_counter())
+        marks.append(now(device))
         if turn:
             images += unit.samples
             for name, a, b in zip(seconds, marks, marks[1:]):
                 seconds[name] += b - a
-            transfer += _transfer(profiler, samples, device)
             say(f"stages: {images:,} of {census.samples:,} images")
-    total = sum(seconds.values())
-    found = [Measure.over(f"{name}, of one image", 1000 * spent / images, "ms", "all stages", 1000 * total / images) for name, spent in seconds.items()]
-    found.insert(2, Measure.over("transfer, of one image", 1000 * transfer / images, "ms", "the engine, whose part it is", 1000 * seconds["engine"] / images))
-    return [*found, Measure("engine", images / seconds["engine"], "images/s")]
+    return {name: 1000 * spent / images for name, spent in seconds.items()}
 
 
-def _transfer(profiler: Profiler, samples: list[Sample], device: str) -> float:
-    """Seconds that pixels take into a batch and onto the device, batch by batch."""
+def _transfer(profiler: Profiler, samples: list[Sample]) -> None:
+    """Pixels into batches, and those onto the device."""
     good = [s for s in samples if not s.reason]
     alike = [s for s in good if s.pixels.shape == good[0].pixels.shape]
-    start = now(device)
     for first in range(0, len(alike), profiler.most):
         profiler.transfer(dict(enumerate(alike[first : first + profiler.most])))
-    return now(device) - start
 
 
-def _rate(settings: Settings) -> float | None:
-    """Images a second of an extraction once every engine has committed a unit, so that starting counts for nothing; None where there are no more units."""
+def _rate(settings: Settings) -> list[float]:
+    """Images a second of an extraction once every engine has committed a unit, so that starting counts for nothing; none where there are no more units."""
     extract(settings)
     stamps = sorted((f.stat().st_mtime, interval_of(f.stem)[2] - interval_of(f.stem)[1]) for f in Store(settings.run).files("val"))
     first = settings.actors[1] if settings.actors else 1
     if len(stamps) <= first:
         say(f"{len(stamps)} units are too few to tell the start from the rest, and nothing is said: more --max-samples")
-        return None
-    return sum(images for _, images in stamps[first:]) / max(stamps[-1][0] - stamps[first - 1][0], 1e-9)
+        return []
+    return [sum(images for _, images in stamps[first:]) / max(stamps[-1][0] - stamps[first - 1][0], 1e-9)]
