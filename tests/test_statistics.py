@@ -124,6 +124,37 @@ def test_unreadable_statistics_are_named(tmp_path, kind):
         Reference.read(path, LAYOUT)
 
 
+def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path):
+    path, own = tmp_path / "val.parquet", reference(rows_of(1, 12))
+    own.write(LAYOUT, path)
+    content = path.read_bytes()
+    refused = 0
+    for bit in range(0, 8 * len(content), 7):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            back = Reference.read(path, LAYOUT)
+        except BadRequest as fault:
+            refused += "val.parquet" in str(fault)
+        else:
+            assert (back.mean == own.mean).all() and (back.std == own.std).all() and (back.count, back.aggregation, back.origin) == (own.count, own.aggregation, own.origin), f"bit {bit}"
+    assert refused > len(content) / 2
+
+
+def test_statistics_that_somebody_writes_again_are_taken_and_other_numbers_in_them_are_not(tmp_path):
+    path, own = tmp_path / "val.parquet", reference(rows_of(1, 12))
+    own.write(LAYOUT, path)
+    table = pq.read_table(path)
+    about = dict(reversed(table.schema.metadata.items()))
+    for again in ({}, {"compression": "zstd"}, {"use_dictionary": False}, {"data_page_version": "2.0"}):
+        pq.write_table(table.replace_schema_metadata(about), path, **again)
+        assert (Reference.read(path, LAYOUT).mean == own.mean).all()
+    pq.write_table(table.set_column(2, "mean", pa.array(own.mean + 1e-9)), path)
+    with pytest.raises(BadRequest, match="does not say what was written"):
+        Reference.read(path, LAYOUT)
+
+
 def published(path: Path, **changes) -> Path:
     saved = {"mean": torch.arange(5.0), "std": torch.arange(5.0) + 1, **changes}
     torch.save({name: value for name, value in saved.items() if value is not None}, path)
