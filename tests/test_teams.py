@@ -1,5 +1,7 @@
 """A batch in parts, each on threads of its own: the same rows, whatever a network keeps between its layers, and whole where parts cannot be had."""
 
+import copy
+import functools
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ import pytest
 import tiny
 import torch
 import zoo
+import torchvision.transforms as v1
 from torchvision.transforms import v2
 
 from pipeline.saliency import choose_engine, make_engine
@@ -51,8 +54,11 @@ def teams_of(teams: Teams) -> int:
 
 def test_functions_from_elsewhere_and_hooks_of_all_modules_mean_whole_batches():
     """They may keep maps outside of the modules, whenever they come."""
-    for module in (v2.Lambda(lambda x: x), torch.nn.TransformerEncoderLayer(4, 2, activation=lambda x: x.relu())):
+    same = lambda x: x  # noqa: E731
+    hidden = [v2.Compose([same]), v2.Compose([v1.Compose([same])]), v1.RandomApply([same], p=1.0), v2.RandomChoice([functools.partial(same)])]
+    for module in (v2.Lambda(same), torch.nn.TransformerEncoderLayer(4, 2, activation=lambda x: x.relu()), *hidden):
         assert teams_of(Teams(torch.nn.Sequential(module))) == 1
+    assert teams_of(Teams(torch.nn.Sequential(v2.Compose([torch.nn.ReLU(), v2.RandomApply([v1.Compose([torch.relu_])], p=1.0)])))) == 2
     teams = Teams(zoo.ZOO[0].make())
     assert teams_of(teams) == 2
     handles = [torch.nn.modules.module.register_module_forward_hook(lambda *_: None), next(teams.network.children()).register_forward_hook(lambda *_: None)]
@@ -60,6 +66,37 @@ def test_functions_from_elsewhere_and_hooks_of_all_modules_mean_whole_batches():
         assert teams_of(teams) == 1
         handle.remove()
     assert teams_of(teams) == 2
+
+
+def test_a_forward_that_somebody_gave_to_one_of_torchs_classes_means_whole_batches(monkeypatch):
+    teams = Teams(zoo.ZOO[0].make())
+    monkeypatch.setattr(type(next(m for m in teams.network.modules() if not list(m.children()))), "forward", lambda self, x: x)
+    assert teams_of(teams) == 1
+
+
+def test_a_module_that_is_replaced_is_replaced_in_every_team():
+    network, (images, labels) = zoo.ZOO[0].make(), zoo.images(8)
+    engine = make_engine("fused", network, "abs")
+    before = engine(images, labels).logits
+    network[-1] = torch.nn.Linear(network[-1].in_features, zoo.CLASSES)
+    after = engine(images, labels).logits
+    assert not torch.isclose(before, after).any() and torch.allclose(after, network(images), rtol=1e-4, atol=1e-5) and len(engine.teams.networks) == 2
+
+
+def test_what_a_module_holds_may_change_between_batches():
+    network, (images, labels) = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Hardtanh(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval(), zoo.images(8)
+    engine = make_engine("fused", network, "abs")
+    engine(images, labels % 8)
+    network[1].max_val = 0.05
+    assert torch.allclose(engine(images, labels % 8).logits, network(images), atol=1e-6) and len(engine.teams.networks) == 2
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_an_engine_in_use_can_be_copied(copied):
+    engine, (images, labels) = make_engine("fused", zoo.ZOO[0].make(), "abs"), zoo.images(8)
+    rows = engine(images, labels).saliency
+    again = copied(engine)
+    assert torch.equal(again(images, labels).saliency, rows) and torch.equal(engine(images, labels).saliency, rows) and len(again.teams.networks) == 2
 
 
 def test_a_thread_that_comes_later_has_all_the_threads_to_begin_with():

@@ -7,8 +7,11 @@ takes one core for a moment, all stand still. Teams that have samples of their o
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from types import BuiltinFunctionType, FunctionType, MethodType
 
 import torch
 
@@ -17,8 +20,11 @@ from pipeline.saliency.threads import have_threads
 Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Tensors]
 NUMBERS = (2, 3)  # of teams: few, since Python runs in one of them at a time
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+TORCHS_OWN = frozenset(vars(torch.nn.Module()))  # what every module has, and torch looks after
+PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.memory_format))
 EVERYWHERE = tuple(getattr(torch.nn.modules.module, f"_global_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre"))  # of all modules there are
-KNOWN = ("torch.nn.", "torchvision.", "pipeline.")  # whose modules keep nothing of a forward pass but in themselves
+KNOWN = ("torch.nn.", "torchvision.", "pipeline.cifar.")  # whose modules keep nothing of a forward pass but in themselves
 
 
 class Teams:
@@ -26,18 +32,19 @@ class Teams:
 
     Teams share parameters and buffers, and each has modules of its own, which may keep in themselves what they like of a forward pass. Code that keeps it elsewhere (in a global, a buffer, what a hook
     has hold of) would mix the teams' samples, and no trial would be sure to show it: so a network has teams only where its modules are of torch, torchvision or this package, without
-    hooks and without functions from elsewhere. Any other, and one that cannot be copied, has whole batches. What modules hold must not change after the first batch. Which samples a team has follows from their number and the process's threads alone. Raises what `compute` raises.
+    hooks and without functions or objects from elsewhere, be they in a list. Any other, and one that cannot be copied, has whole batches. That is looked at for every batch, and teams are copied anew where anything that a module holds is another. Which samples a team has follows from their number and the process's threads alone. Raises what `compute` raises.
     """
 
     def __init__(self, network: torch.nn.Module):
-        self.network, self.alone = network, not all(map(_is_known, network.modules()))
+        self.network, self.alone = network, _held(network) is None
         self.networks: list[torch.nn.Module] = []  # one a team
+        self.held: tuple[list, list] = [], []  # by the network when they were copied
         self.pool: ThreadPoolExecutor | None = None
 
     def __call__(self, compute: Compute, images: torch.Tensor, labels: torch.Tensor) -> Tensors:
         threads = torch.get_num_threads()
         teams = next((n for n in NUMBERS if threads % n == 0), 1)
-        if teams == 1 or len(images) % teams or self.alone or any(EVERYWHERE) or not all(map(_is_known, self.network.modules())) or not self._assembled(teams):
+        if teams == 1 or len(images) % teams or self.alone or any(EVERYWHERE) or not self._assembled(teams):
             return compute(self.network, images, labels)
         autocast = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}  # a thread has its own
 
@@ -53,23 +60,60 @@ class Teams:
         return tuple(map(torch.cat, zip(*(p.result() for p in parts))))
 
     def _assembled(self, teams: int) -> bool:
-        """Whether there are so many networks and threads."""
-        if len(self.networks) != teams:
+        """Whether there are so many networks, as the network is now, and threads."""
+        held = _held(self.network)
+        if held is None:
+            return False
+        if len(self.networks) != teams or held[0] != self.held[0] or len(held[1]) != len(self.held[1]) or any(map(operator.is_not, held[1], self.held[1])):
             shared = {id(t): t for t in (*self.network.parameters(), *self.network.buffers())}
             try:
                 self.networks = [self.network, *(copy.deepcopy(self.network, dict(shared)) for _ in range(teams - 1))]
             except Exception:  # modules hold what they like
                 self.alone = True
                 return False
-            self.pool = ThreadPoolExecutor(teams, "team")
+            self.held, self.pool = held, ThreadPoolExecutor(teams, "team")
         return True
 
+    def __getstate__(self) -> dict:
+        """A copy assembles teams of its own."""
+        return vars(self) | {"networks": [], "held": ([], []), "pool": None}
 
-def _is_known(module: torch.nn.Module) -> bool:
-    """Of torch, torchvision or this package, without hooks, and with no function from elsewhere, as a Lambda has."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    functions = [v for v in vars(module).values() if callable(v) and not isinstance(v, (torch.nn.Module, torch.Tensor))]
-    return _is_ours(type(module)) and not any(hooks) and "forward" not in vars(module) and all(map(_is_ours, functions))
+
+def _held(network: torch.nn.Module) -> tuple[list, list] | None:
+    """(plain data, objects) that it can reach, or None unless all of it is of torch, torchvision or this package: modules without hooks, and neither functions nor objects from elsewhere, however deep in a list or an object."""
+    reached, plain, objects, seen = [network], [], [], set()
+    for one in reached:  # which grows meanwhile
+        kind = type(one)
+        if kind in PLAIN:
+            plain.append(one)
+            continue
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        objects.append(one)
+        if isinstance(one, torch.nn.Module):
+            if not _is_ours(kind) or not _is_ours(kind.forward) or any(getattr(one, hooks) for hooks in HOOKS):
+                return None
+            reached.extend(one._modules.values())
+            reached.extend(value for name, value in vars(one).items() if name not in TORCHS_OWN)
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            reached.extend(one)
+        elif isinstance(one, dict):
+            reached.extend(one.values())
+        elif kind is functools.partial:
+            reached.extend((one.func, *one.args, *one.keywords.values()))
+        elif isinstance(one, torch.Tensor):
+            if kind not in (torch.Tensor, torch.nn.Parameter):
+                return None
+        elif isinstance(one, (type, FunctionType, MethodType, BuiltinFunctionType)):
+            if not (_is_ours(one) or isinstance(one, BuiltinFunctionType) and one.__module__ == "torch"):
+                return None
+            reached.append(getattr(one, "__self__", None))
+        elif _is_ours(kind):
+            reached.extend(getattr(one, "__dict__", {}).values())
+        else:
+            return None
+    return plain, objects
 
 
 def _is_ours(one: object) -> bool:
