@@ -96,3 +96,29 @@ def test_too_little_memory_is_no_fault_of_the_network(how, engine):
     for ask in asked:
         with pytest.raises(Stopped, match=r"too little memory here to run the network on 3 images of 11 x 8 pixels\nthe same command goes on"):
             ask()
+
+
+class Contrast(nn.Module):
+    """Each image over its own contrast: a black one has none, and gives NaN."""
+
+    def forward(self, x):
+        return x / x.std((1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("black", [0, 1, 2])
+def test_an_image_that_gives_nan_keeps_nobody_from_the_fused_engine(black):
+    network, (images, labels) = nn.Sequential(Contrast(), Devious("")).eval(), zoo.images(3)
+    clean = make_engine("fused", network, "abs")(images, labels).saliency
+    images[black] = 0
+    assert choose_engine(network, images)[0] == "fused"
+    rows = make_engine("fused", network, "abs")(images, labels).saliency
+    others = [i for i in range(3) if i != black]
+    assert rows[black].isnan().any() and torch.allclose(rows[others], clean[others], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("how", ["reversed", "a grain of the batch"])
+def test_it_hides_nothing_either(how):
+    network, images = nn.Sequential(Contrast(), Devious(how)).eval(), zoo.images(3)[0]
+    images[1] = 0
+    assert choose_engine(network, images)[0] == "vmap"
+    assert "not finite" in choose_engine(network, images * 0)[1]
