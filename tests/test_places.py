@@ -42,6 +42,7 @@ def check(function, values: torch.Tensor, above: torch.Tensor, order, rtol: floa
 @given(st.data())
 def test_a_row_of_a_linear_layer_is_free_of_its_place(data):
     """Forward and back, for rows and layers of any size; and it is the layer's."""
+    torch.set_num_threads(data.draw(st.integers(1, 4)))
     rows, ins, outs = data.draw(st.integers(1, 40)), data.draw(st.sampled_from([1, 3, 7, 20, 64, 101, 486, 1001, 2048])), data.draw(st.sampled_from([1, 5, 10, 64, 365, 1000]))
     torch.manual_seed(rows * ins * outs)
     values, above, weight, bias = torch.randn(rows, ins), torch.randn(rows, outs), torch.randn(outs, ins), torch.randn(outs) if data.draw(st.booleans()) else None
@@ -53,9 +54,10 @@ def test_a_row_of_a_linear_layer_is_free_of_its_place(data):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_sample_of_an_activation_is_free_of_its_place(data):
-    """Forward and back, in both layouts, be the maps few numbers or more than one thread's; the layout stays."""
+    """Forward and back, in both layouts, be the maps few numbers, or more than one thread's but not all threads', or gelu's; the layout stays."""
+    torch.set_num_threads(data.draw(st.integers(1, 4)))
     function = data.draw(st.sampled_from(NAMED))
-    shape = data.draw(st.sampled_from([(5, 3, 1, 1), (3, 11, 1, 1), (8, 10, 1, 1), (7, 13, 9, 5), (5, 31, 17, 17), (6, 33), (4, 7, 5)]))
+    shape = data.draw(st.sampled_from([(5, 3, 1, 1), (3, 11, 1, 1), (8, 10, 1, 1), (7, 13, 9, 5), (5, 31, 17, 17), (5, 16, 31, 31), (8, 64, 7, 7), (6, 33), (4, 7, 5)]))
     torch.manual_seed(sum(shape))
     values, above = torch.randn(shape), torch.randn(shape)
     if len(shape) == 4 and data.draw(st.booleans()):
@@ -72,6 +74,8 @@ def test_what_an_activation_gives_lies_as_it_would(data):
     values = torch.randn(5, 3, 7, 2).permute(order)
     if data.draw(st.booleans()):
         values = values[1:]
+    if data.draw(st.booleans()):
+        values = values[:, :1].expand(-1, 4, -1, -1)
     with Places():
         found = function(values)
     assert found.stride() == function(values).stride()
@@ -85,7 +89,7 @@ def test_a_linear_layer_can_be_viewed_in_any_shape():
     found.detach().relu_()
 
 
-@pytest.mark.parametrize("call", [lambda x: F.silu(x, inplace=True), lambda x: F.silu(x, True), lambda x: F.elu(x, 1.0, True), lambda x: F.mish(x, inplace=True)])
+@pytest.mark.parametrize("call", [lambda x: F.silu(x, inplace=True), lambda x: F.silu(x, True), lambda x: F.elu(x, 1.0, True), lambda x: F.mish(x, inplace=True), torch.sigmoid_, lambda x: x.tanh_(), lambda x: F.elu_(x, 0.5)])
 def test_an_activation_in_place_changes_what_it_was_given(call):
     given_ = torch.linspace(-2, 2, 33).reshape(3, 11)
     plain, mine = given_.clone(), given_.clone()
@@ -125,13 +129,35 @@ def test_networks_with_curves_on_few_numbers(name):
     assert torch.equal(permuted.saliency, whole.saliency[order]) and torch.equal(permuted.logits, whole.logits[order])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("side", [1, 2, 3])
 @pytest.mark.parametrize("ins, outs", [(11, 5), (10, 6), (33, 77), (6, 10)])
-def test_a_convolution_of_maps_of_one_place_is_free_of_its_place(ins, outs, threads):
+def test_a_pointwise_convolution_of_a_few_places_is_free_of_its_place(ins, outs, side, threads):
     torch.set_num_threads(threads)
-    values, above, weight, order = torch.randn(8, ins, 1, 1), torch.randn(8, outs, 1, 1), torch.randn(outs, ins, 1, 1), [5, 2, 7, 0, 1, 6, 4, 3]
+    values, above, weight, order = torch.randn(8, ins, side, side), torch.randn(8, outs, side, side), torch.randn(outs, ins, 1, 1), [5, 2, 7, 0, 1, 6, 4, 3]
     layer = lambda values: F.conv2d(values, weight)  # noqa: E731
     check(layer, values, above, order, rtol=1e-5, atol=1e-5)
+
+
+class Viewed(torch.nn.Module):
+    """Wants plain maps."""
+
+    def forward(self, x):
+        return x.view(-1, 1, *x.shape[2:]).view(x.shape)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("ins, outs", [(33, 130), (130, 10), (34, 66)])
+@pytest.mark.parametrize("engine, layers", [("vmap", ()), ("fused", ()), ("fused", (Viewed(),))])
+def test_pointwise_layers_of_a_few_places_in_a_network(engine, layers, ins, outs, threads):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    body = [torch.nn.AdaptiveAvgPool2d(3), torch.nn.Conv2d(ins, outs, 1), torch.nn.ReLU(), torch.nn.Conv2d(outs, ins, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, ins, 3, stride=2), *layers, torch.nn.ReLU(), *body).eval()
+    made = make_engine(engine, network, "abs")
+    images, labels, order = torch.randn(7, 3, 15, 15), torch.arange(7) % 5, [3, 6, 0, 4, 1, 5, 2]
+    whole, permuted = made(images, labels), made(images[order], labels[order])
+    assert torch.equal(permuted.saliency, whole.saliency[order]) and torch.equal(permuted.logits, whole.logits[order])
 
 
 def test_rows_are_filled_up_to_what_products_take_at_once():

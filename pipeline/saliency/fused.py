@@ -184,7 +184,7 @@ class _Sink(TorchFunctionMode):
         if not input.is_cuda and tuple(weight.shape[2:]) == (1, 1) and _pair(padding) == (0, 0):
             if stride != (1, 1) and not is_channels_last(input):  # what it reads, alone: a strided backward pass takes thrice as long
                 input, stride = input[..., :: stride[0], :: stride[1]].contiguous(), (1, 1)
-            if stride == (1, 1) and is_channels_last(input) and ONEDNN:  # a kernel of one weight has no dilation, but torch takes oneDNN's way for it, even in one thread
+            if stride == (1, 1) and ONEDNN:  # a kernel of one weight has no dilation, but torch takes oneDNN's way for it, even in one thread
                 dilation = (2, 2)
         fold = self.folds.get(layer)
         if fold:

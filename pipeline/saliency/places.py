@@ -7,15 +7,20 @@ maps of one place is such a product too, in one thread, unless oneDNN has it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-CURVES = {torch.sigmoid, torch.Tensor.sigmoid, torch.tanh, torch.Tensor.tanh, F.silu, F.gelu, F.mish, F.softplus, F.elu, F.selu, F.celu}
+CURVES = {torch.sigmoid, torch.Tensor.sigmoid, torch.special.expit, torch.tanh, torch.Tensor.tanh, F.silu, F.gelu, F.mish, F.softplus, F.elu, F.selu, F.celu}
+IN_PLACE = {torch.sigmoid_: torch.sigmoid, torch.Tensor.sigmoid_: torch.sigmoid, torch.tanh_: torch.tanh, torch.Tensor.tanh_: torch.tanh, F.elu_: F.elu, F.selu_: F.selu, F.celu_: F.celu, torch.selu_: F.selu, torch.celu_: F.celu}
 ONEDNN = torch.backends.mkldnn.is_available()
 NUMBERS = 4  # that a row's length is a multiple of
 ROWS = 8  # a product's rows are a multiple of it, or 1, 2 or 4
 VECTOR = 64  # numbers that a curve takes at once, at most
+GRAIN = 2**15  # numbers that torch gives a thread, at least
+GELUS_GRAIN = 2**14  # above which gelu has all threads
 
 
 class Places(TorchFunctionMode):
@@ -34,6 +39,8 @@ class Places(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func is F.conv2d:
             return _convolution(*args, **kwargs)
+        if func in IN_PLACE:
+            return _curve(IN_PLACE[func], *args, **kwargs, inplace=True)
         return _curve(func, *args, **kwargs) if func in CURVES else func(*args, **kwargs)
 
     def _linear(self, input, weight, bias=None):
@@ -59,17 +66,35 @@ def padded_rows(number: int, samples: int = 1) -> int:
 
 
 def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if ONEDNN and input.device.type == "cpu" and {*weight.shape[2:], *input.shape[2:]} == {1} and padding in (0, (0, 0)):
+    if ONEDNN and input.device.type == "cpu" and set(weight.shape[2:]) == {1} and padding in (0, (0, 0)):
         dilation = 2  # which a kernel of one weight has not; but torch takes oneDNN's way for it, even in one thread
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _curve(func, input, *args, inplace=False, **kwargs):
-    inplace_too = {"inplace": True} if inplace else {}
-    more = -input.numel() % (VECTOR * torch.get_num_threads())  # threads have parts of one size then
-    if input.device.type != "cpu" or not more or not input.numel() or "out" in kwargs or any(a is True for a in args):
-        return func(input, *args, **kwargs, **inplace_too)
+    if inplace and func in (torch.sigmoid, torch.tanh):
+        whole = lambda: input.copy_(func(input, *args, **kwargs))  # noqa: E731
+    else:
+        whole = lambda: func(input, *args, **kwargs, **({"inplace": True} if inplace else {}))  # noqa: E731
+    if input.device.type != "cpu" or not input.numel() or "out" in kwargs or any(a is True for a in args) or any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride())):
+        return whole()  # of an expanded tensor torch has its own idea how the result lies
+    more = padded_numbers(input.numel()) - input.numel()
+    if not more:
+        return whole()
     order = sorted(range(input.dim()), key=lambda axis: -input.stride(axis))  # as it lies in memory, and so will what is found
     lying = input.permute(order)
     found = func(F.pad(lying.reshape(-1), (0, more)), *args, **kwargs)[: input.numel()].view(lying.shape).permute([order.index(axis) for axis in range(input.dim())])
     return input.copy_(found) if inplace else found.clone(memory_format=torch.preserve_format)
+
+
+def padded_numbers(number: int) -> int:
+    """The least number of numbers, this or more, of which each thread that torch lets have some has whole vectors."""
+    while number % (unit := VECTOR * _parts(number)):
+        number += -number % unit  # which may let one more thread in
+    return number
+
+
+def _parts(number: int) -> int:
+    """A common multiple of the parts that torch makes of so many numbers, gelu's being other than those of all else."""
+    threads = torch.get_num_threads()
+    return math.lcm(min(threads, -(-number // GRAIN)), threads if number > GELUS_GRAIN else 1)

@@ -115,9 +115,11 @@ def _of_weight_gradients(input, gradient, geometry, take: Callable[[torch.Tensor
         if matrices:
             outs, weights = shape[0], shape[1:].numel()
             more = (-outs % NUMBERS, -weights % NUMBERS) if (outs % 2 or weights % 2) and not input.is_cuda else (0, 0)  # or a sample's sums would depend on where it begins in memory
+            positions = gave[0, 0].numel()
+            long = -positions % NUMBERS if positions % 2 and not input.is_cuda and not is_channels_last(gave) else 0  # the same of plain maps
             out = gave.new_empty(len(saw), outs + more[0], weights + more[1]) if out is None else out[: len(saw)]
             columns = _columns(saw, gave, geometry, columns)
-            asked, seen = (F.pad(maps, (0, 0, 0, wide)) if any(more) else maps for maps, wide in zip((gave.flatten(2), columns), more))
+            asked, seen = (F.pad(maps, (0, long, 0, wide)) if long or any(more) else maps for maps, wide in zip((gave.flatten(2), columns), more))
             found = torch.bmm(asked, seen.transpose(1, 2), out=out)[:, :outs, :weights]
         else:  # samples become groups of one image of b * I channels
             weight = torch.empty((len(saw) * shape[0], *shape[1:]), dtype=saw.dtype, device=saw.device, memory_format=layout_of(saw)) if weight is None else weight[: len(saw) * shape[0]]
