@@ -39,6 +39,11 @@ class FilterLayout:
         return sum(filters for _, filters in self.layers)
 
     @cached_property
+    def places(self) -> list[tuple[str, int]]:
+        """(layer name, output channel) of every column of a vector of F."""
+        return [(name, channel) for name, filters in self.layers for channel in range(filters)]
+
+    @cached_property
     def slices(self) -> dict[str, slice]:
         """Layer name -> its columns in a vector of F."""
         slices, start = {}, 0

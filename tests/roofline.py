@@ -158,19 +158,24 @@ def tables() -> dict[str, str]:
         step = ratios.get((name, "step"))
         if step:
             measured.append(f"| {name}, {step['batch_size']} | {step['images_per_s']:,.1f} | " + " | ".join(got(name, e) for e in shown) + " |")
-    memory = ["| network | step | " + " | ".join(shown) + " | error of fused |", "|---|---:|" + "---:|" * (len(shown) + 1)]
+    beside = {(row["model"], row["engine"]): row for row in json.loads((DATA / "engine-beside.json").read_text(encoding="utf-8"))}
+    alone = ["step-plain", "step-folded", "step-teams", "fused", "fused-unfolded", "loop"]
+    quiet = ["| network, batch | step, images/s | " + " | ".join(alone) + " |", "|---|---:|" + "---:|" * len(alone)]
     for name in NETWORKS:
-        if (name, "step") in ratios:
-            floor = ratios[name, "step"]["peak_bytes"]
-            over = [f"{ratios[name, e]['peak_bytes'] / floor:.2f}" if (name, e) in ratios else "cannot" for e in shown]
-            memory.append(f"| {name} | {floor / 1e6:,.0f} MB | " + " | ".join(over) + f" | {got(name, 'fused', '{:.0e}', 'relative_error')} |")
+        step = beside[name, "step"]
+        quiet.append(f"| {name}, {step['batch_size']} | {step['images_per_s']:,.1f} | " + " | ".join(f"{beside[name, e]['ratio_to_step']:.2f}" for e in alone) + " |")
+    memory = ["| network | step | " + " | ".join(shown) + " | error of fused |", "|---|---:|" + "---:|" * (len(shown) + 1)]
+    for name in NETWORKS:  # of those that hold gradients, by a run that counts them
+        floor, both = beside[name, "step"]["peak_bytes"], ratios | beside
+        over = [f"{both[name, e]['peak_bytes'] / floor:.2f}" if (name, e) in both else "cannot" for e in shown]
+        memory.append(f"| {name} | {floor / 1e6:,.0f} MB | " + " | ".join(over) + f" | {got(name, 'fused', '{:.0e}', 'relative_error')} |")
     line = ["| what | measured | beside | | ratio |", "|---|---:|---|---:|---:|"]
     for file in sorted(DATA.glob("index*.json")) + sorted(DATA.glob("pipeline*.json")) + sorted(DATA.glob("maps*.json")):
         title = {"index": "index of 10,000 x 2,032"}.get(file.stem, file.stem.replace("-", ", "))
         for row in json.loads(file.read_text(encoding="utf-8")):
             floor = f"{row['beside']} | {_short(row['floor'])} {row['unit']} | {row['ratio']:.2f}" if row["floor"] is not None else " | | "
             line.append(f"| {title}: {row['what']} | {_short(row['value'])} {row['unit']} | {floor} |")
-    return gpu() | {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory), "process": process()}
+    return gpu() | {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory), "beside": "\n".join(quiet), "process": process()}
 
 
 def gpu() -> dict[str, str]:

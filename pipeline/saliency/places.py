@@ -1,8 +1,8 @@
 """Keeps a sample's numbers free of its place in the batch, where torch's arithmetic on a CPU does not.
 
 A matrix product takes some rows together and the rest one by one, and rows that begin at odd addresses another way than others. A sigmoid takes sixteen numbers at once and the rest by
-another formula. The last bits of a sample then depend on where it lies. They do not where all comes in the numbers that vectors have, so it is filled up to them. A 1 x 1 convolution of
-maps of one place is such a product too, in one thread, unless oneDNN has it.
+another formula. The last bits of a sample then depend on where it lies. They do not where all comes in the numbers that vectors have, so it is filled up to them. A 1 x 1 convolution is such
+a product too, in one thread, unless oneDNN has it.
 """
 
 from __future__ import annotations
