@@ -94,9 +94,9 @@ class Reference:
             about = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
             reference = cls(table["mean"].to_numpy(), table["std"].to_numpy(), int(table["count"][0].as_py()), about["aggregation"], about["origin"])
             whole = MARK not in about or _is_whole(table, parquet.metadata.created_by, Path(path).read_bytes())
-            if not (reference.aggregation and reference.origin):
+            if reference.aggregation not in ("abs", "signed") or not reference.origin:
                 raise KeyError
-        except (OSError, pa.ArrowException, KeyError, IndexError, TypeError, UnicodeDecodeError) as fault:
+        except (OSError, pa.ArrowException, KeyError, IndexError, TypeError, ValueError) as fault:
             raise BadRequest(f"{printable(path)} cannot be read as statistics ({type(fault).__name__}): {remedy}{' (or faultline statistics import, if they were imported)' if run else ''}") from None
         if layers != layout.places:
             raise BadRequest(f"{printable(path)} holds the statistics of another network: {len(layers)} filters where {'this run' if run else 'the network of --model'} has {layout.total}: {remedy}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import oracles
 import pytest
@@ -72,6 +73,46 @@ def test_a_forward_that_somebody_gave_to_one_of_torchs_classes_means_whole_batch
     teams = Teams(zoo.ZOO[0].make())
     monkeypatch.setattr(type(next(m for m in teams.network.modules() if not list(m.children()))), "forward", lambda self, x: x)
     assert teams_of(teams) == 1
+
+
+class Step(NamedTuple):
+    """A tuple that can be called, of somebody's own."""
+
+    name: str
+
+    def __call__(self, x):
+        return x
+
+
+def test_a_function_in_disguise_means_whole_batches(monkeypatch):
+    """Under the name of one of torch's, as a tuple, or in the place of what a layer's forward calls."""
+    disguised = functools.wraps(torch.nn.functional.relu)(lambda x: x)
+    for hidden in (disguised, Step("k")):
+        assert teams_of(Teams(torch.nn.Sequential(v2.Compose([hidden])))) == 1
+    teams = Teams(zoo.ZOO[0].make())
+    assert teams_of(teams) == 2
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", functools.wraps(torch.nn.Conv2d._conv_forward)(lambda *args: None))
+    assert teams_of(teams) == 1
+
+
+@pytest.mark.parametrize("change", [lambda n: setattr(n[1], "running_mean", n[1].running_mean + 3), lambda n: n[1].train(), lambda n: n[2].mean.fill_(2.0), lambda n: setattr(n[5], "bias", torch.nn.Parameter(n[5].bias + 1))])
+def test_whatever_changes_in_a_network_changes_for_every_team(change):
+    head = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, zoo.CLASSES))
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.InstanceNorm2d(8, track_running_stats=True), v1.Normalize(torch.zeros(8), torch.ones(8)), *head).eval()
+    (images, labels), engine = zoo.images(8), make_engine("fused", network, "abs")
+    before = engine(images, labels).logits
+    change(network)
+    after = engine(images, labels).logits
+    assert torch.allclose(after, network(images), rtol=1e-4, atol=1e-5) and not torch.isclose(before, after).all(1).any() and len(engine.teams.networks) == 2
+
+
+def test_a_convolution_that_is_replaced_wants_an_engine_of_its_own():
+    network, (images, labels) = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval(), zoo.images(8)
+    engine = make_engine("fused", network, "abs")
+    engine(images, labels)
+    network[0] = torch.nn.Conv2d(3, 8, 3)
+    with pytest.raises(RuntimeError, match="weights are others than when this engine was made"):
+        engine(images, labels)
 
 
 def test_a_module_that_is_replaced_is_replaced_in_every_team():

@@ -100,7 +100,10 @@ class FusedEngine:
         return Saliency(torch.cat(sink.parts, 1), logits)
 
     def _prepare(self, images: torch.Tensor) -> None:
-        """Find out, once, how the network takes its maps and which BatchNorms are folded."""
+        """Find out, once, how the network takes its maps and which BatchNorms are folded. Raises Objection where its weights are others than when the engine was made."""
+        now = [p for p in self.network.parameters() if p.dim() == 4]
+        if len(now) != len(self.weights) or any(a is not b for a, b in zip(now, self.weights)):
+            raise Objection("the network's weights are others than when this engine was made: make another")
         if self.folds is None and len(images):
             self.channels_last = takes_channels_last(self.network, images[:2].detach())
             found = folds(self.network, self.weights, self._laid_out(images[:1].detach()))
@@ -315,8 +318,8 @@ def _frozen(network: torch.nn.Module):
             parameter.requires_grad_(flag)
 
 
-def takes_channels_last(network: torch.nn.Module, images: torch.Tensor) -> bool:
-    """Whether it gives the same logits of images [1 or more, 3, H, W] that are laid out so: a `view` across the axes raises, and `as_strided` reads other numbers."""
+def takes_channels_last(network: torch.nn.Module, images: torch.Tensor, noise: bool = False) -> bool:
+    """Whether it gives the same logits of images [1 or more, 3, H, W] that are laid out so: a `view` across the axes raises, and `as_strided` reads other numbers. Where it gives no finite logits of any of them, noise is tried."""
     with torch.no_grad():
         plain = network(images.clone(memory_format=torch.contiguous_format))
         try:
@@ -326,6 +329,8 @@ def takes_channels_last(network: torch.nn.Module, images: torch.Tensor) -> bool:
                 raise
             return False
         sound = _sound(plain)
+        if not sound.any() and not noise:  # of what all images of a batch happen to be nothing may depend
+            return takes_channels_last(network, torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images), noise=True)
         return bool(sound.any()) and torch.allclose(last[sound], plain[sound], rtol=0.05, atol=0.05 * float(plain[sound].abs().max()))
 
 

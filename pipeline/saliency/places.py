@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-CURVES = {torch.sigmoid, torch.Tensor.sigmoid, torch.special.expit, torch.tanh, torch.Tensor.tanh, F.silu, F.gelu, F.mish, F.softplus, F.elu, F.selu, F.celu}
+CURVES = {torch.selu, torch.celu, torch.sigmoid, torch.Tensor.sigmoid, torch.special.expit, torch.tanh, torch.Tensor.tanh, F.silu, F.gelu, F.mish, F.softplus, F.elu, F.selu, F.celu}
 IN_PLACE = {torch.sigmoid_: torch.sigmoid, torch.Tensor.sigmoid_: torch.sigmoid, torch.tanh_: torch.tanh, torch.Tensor.tanh_: torch.tanh, F.elu_: F.elu, F.selu_: F.selu, F.celu_: F.celu, torch.selu_: F.selu, torch.celu_: F.celu}
 ONEDNN = torch.backends.mkldnn.is_available()
+NONE = (0, (0,), (0, 0), [0], [0, 0], "valid")  # ways to say no padding
 NUMBERS = 4  # that a row's length is a multiple of
 ROWS = 8  # a product's rows are a multiple of it, or 1, 2 or 4
 VECTOR = 64  # numbers that a curve takes at once, at most
@@ -39,7 +40,7 @@ class Places(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func is F.conv2d:
             return _convolution(*args, **kwargs)
-        if func in IN_PLACE:
+        if func in IN_PLACE and args[0].is_floating_point():
             return _curve(IN_PLACE[func], *args, **kwargs, inplace=True)
         return _curve(func, *args, **kwargs) if func in CURVES else func(*args, **kwargs)
 
@@ -66,7 +67,7 @@ def padded_rows(number: int, samples: int = 1) -> int:
 
 
 def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if ONEDNN and input.device.type == "cpu" and set(weight.shape[2:]) == {1} and padding in (0, (0, 0)):
+    if ONEDNN and input.device.type == "cpu" and set(weight.shape[2:]) == {1} and padding in NONE:
         dilation = 2  # which a kernel of one weight has not; but torch takes oneDNN's way for it, even in one thread
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -76,13 +77,15 @@ def _curve(func, input, *args, inplace=False, **kwargs):
         whole = lambda: input.copy_(func(input, *args, **kwargs))  # noqa: E731
     else:
         whole = lambda: func(input, *args, **kwargs, **({"inplace": True} if inplace else {}))  # noqa: E731
-    if input.device.type != "cpu" or not input.numel() or "out" in kwargs or any(a is True for a in args) or any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride())):
+    if input.device.type != "cpu" or input.layout is not torch.strided or not input.numel() or "out" in kwargs or any(a is True for a in args):
+        return whole()
+    if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride())):
         return whole()  # of an expanded tensor torch has its own idea how the result lies
     more = padded_numbers(input.numel()) - input.numel()
-    if not more:
-        return whole()
     order = sorted(range(input.dim()), key=lambda axis: -input.stride(axis))  # as it lies in memory, and so will what is found
     lying = input.permute(order)
+    if not more and lying.is_contiguous():
+        return whole()
     found = func(F.pad(lying.reshape(-1), (0, more)), *args, **kwargs)[: input.numel()].view(lying.shape).permute([order.index(axis) for axis in range(input.dim())])
     return input.copy_(found) if inplace else found.clone(memory_format=torch.preserve_format)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import functools
 import operator
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 
 import torch
 
@@ -21,7 +23,10 @@ Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Tensors]
 NUMBERS = (2, 3)  # of teams: few, since Python runs in one of them at a time
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-TORCHS_OWN = frozenset(vars(torch.nn.Module()))  # what every module has, and torch looks after
+TORCHS_OWN = frozenset(vars(torch.nn.Module())) - {"training", "_parameters", "_buffers"}  # what every module has, and torch looks after
+CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
+EMPTY = CellType()
+WRITTEN = ("torch.", "torchvision.", "pipeline.cifar.")
 PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.memory_format))
 EVERYWHERE = tuple(getattr(torch.nn.modules.module, f"_global_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre"))  # of all modules there are
 KNOWN = ("torch.nn.", "torchvision.", "pipeline.cifar.")  # whose modules keep nothing of a forward pass but in themselves
@@ -30,7 +35,7 @@ KNOWN = ("torch.nn.", "torchvision.", "pipeline.cifar.")  # whose modules keep n
 class Teams:
     """`teams(compute, images, labels)` is `compute(network, images, labels)`, tensors on the CPU with a row for each sample, always the same function.
 
-    Teams share parameters and buffers, and each has modules of its own, which may keep in themselves what they like of a forward pass. Code that keeps it elsewhere (in a global, a buffer, what a hook
+    Teams share tensors, and each has modules of its own, which may keep in themselves what they like of a forward pass. Code that keeps it elsewhere (in a global, a buffer, what a hook
     has hold of) would mix the teams' samples, and no trial would be sure to show it: so a network has teams only where its modules are of torch, torchvision or this package, without
     hooks and without functions or objects from elsewhere, be they in a list. Any other, and one that cannot be copied, has whole batches. That is looked at for every batch, and teams are copied anew where anything that a module holds is another. Which samples a team has follows from their number and the process's threads alone. Raises what `compute` raises.
     """
@@ -65,7 +70,7 @@ class Teams:
         if held is None:
             return False
         if len(self.networks) != teams or held[0] != self.held[0] or len(held[1]) != len(self.held[1]) or any(map(operator.is_not, held[1], self.held[1])):
-            shared = {id(t): t for t in (*self.network.parameters(), *self.network.buffers())}
+            shared = {id(t): t for t in held[1] if isinstance(t, torch.Tensor)}
             try:
                 self.networks = [self.network, *(copy.deepcopy(self.network, dict(shared)) for _ in range(teams - 1))]
             except Exception:  # modules hold what they like
@@ -92,28 +97,46 @@ def _held(network: torch.nn.Module) -> tuple[list, list] | None:
         seen.add(id(one))
         objects.append(one)
         if isinstance(one, torch.nn.Module):
-            if not _is_ours(kind) or not _is_ours(kind.forward) or any(getattr(one, hooks) for hooks in HOOKS):
+            if kind not in seen and not all(map(_is_as_written, kind.__mro__)) or not _is_ours(kind) or any(getattr(one, hooks) for hooks in HOOKS):
                 return None
+            seen.add(kind)
             reached.extend(one._modules.values())
             reached.extend(value for name, value in vars(one).items() if name not in TORCHS_OWN)
-        elif isinstance(one, (list, tuple, set, frozenset)):
-            reached.extend(one)
-        elif isinstance(one, dict):
-            reached.extend(one.values())
+        elif kind in CONTAINERS or isinstance(one, (list, tuple, set, frozenset, dict)) and _is_ours(kind):
+            reached.extend(one.values() if isinstance(one, dict) else one)
         elif kind is functools.partial:
             reached.extend((one.func, *one.args, *one.keywords.values()))
-        elif isinstance(one, torch.Tensor):
-            if kind not in (torch.Tensor, torch.nn.Parameter):
+        elif kind is weakref.ref:
+            reached.append(one())
+        elif kind in (torch.Tensor, torch.nn.Parameter):
+            pass
+        elif isinstance(one, FunctionType):
+            if not _is_ours(one) or not _is_written_by_torch(one):
                 return None
-        elif isinstance(one, (type, FunctionType, MethodType, BuiltinFunctionType)):
-            if not (_is_ours(one) or isinstance(one, BuiltinFunctionType) and one.__module__ == "torch"):
+        elif isinstance(one, BuiltinFunctionType):
+            if not f"{one.__module__}.".startswith("torch."):
                 return None
-            reached.append(getattr(one, "__self__", None))
+        elif isinstance(one, MethodType):
+            reached.extend((one.__func__, one.__self__))
+        elif isinstance(one, type):
+            if not _is_ours(one) and one.__module__ != "builtins":
+                return None
         elif _is_ours(kind):
             reached.extend(getattr(one, "__dict__", {}).values())
         else:
             return None
     return plain, objects
+
+
+def _is_as_written(kind: type) -> bool:
+    """Whether no function of a class is somebody else's, put there later."""
+    return all(map(_is_written_by_torch, (getattr(f, "__func__", f) for f in vars(kind).values() if isinstance(getattr(f, "__func__", f), FunctionType))))
+
+
+def _is_written_by_torch(function: FunctionType) -> bool:
+    """Where it was written, whatever name it goes by, and those that it wraps."""
+    inner = [cell.cell_contents for cell in function.__closure__ or () if cell != EMPTY and isinstance(cell.cell_contents, FunctionType)]
+    return f"{function.__globals__.get('__name__')}.".startswith(WRITTEN) and all(map(_is_written_by_torch, inner))
 
 
 def _is_ours(one: object) -> bool:
