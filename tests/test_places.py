@@ -112,6 +112,11 @@ def test_what_is_filled_up_can_be_changed_in_place_and_cut_off():
     assert not gates[0].requires_grad
 
 
+def test_whole_numbers_have_no_sigmoid_in_place():
+    with Places(), pytest.raises(RuntimeError, match="can't be cast"):
+        torch.arange(5).sigmoid_()
+
+
 def test_an_activation_writes_where_it_is_told():
     given_, room = torch.linspace(-2, 2, 33), torch.empty(33)
     with Places():

@@ -40,7 +40,7 @@ class Places(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func is F.conv2d:
             return _convolution(*args, **kwargs)
-        if func in IN_PLACE and args[0].is_floating_point():
+        if func in IN_PLACE and args and args[0].device.type == "cpu" and args[0].is_floating_point():
             return _curve(IN_PLACE[func], *args, **kwargs, inplace=True)
         return _curve(func, *args, **kwargs) if func in CURVES else func(*args, **kwargs)
 
