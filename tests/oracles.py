@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def saliency(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, aggregation: str) -> np.ndarray:
@@ -96,3 +97,16 @@ def cosine_neighbours(queries: np.ndarray, rows: np.ndarray, count: int) -> tupl
         positions.append(order)
         similarities.append(np.array(scores)[order])
     return np.array(positions), np.array(similarities)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.numbers = max(self.numbers, value.numel())
+        return result

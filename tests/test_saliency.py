@@ -9,15 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import saliency
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
-from pipeline.saliency import check_network, choose_engine, fused, make_engine, products, vmap
+from pipeline.saliency import check_network, choose_engine, fused, make_engine, vmap
 from pipeline.saliency.loss import cross_entropy
 
 CASES = [pytest.param(animal, name, id=f"{animal.id}-{name}") for animal in zoo.ZOO for name in ("fused", "vmap") if name == "vmap" or animal.engine == "fused"]
@@ -245,65 +242,16 @@ def test_training_mode_is_refused(name):
         make_engine(name, network, "abs")
 
 
-class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that any operation gives."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.numbers = max(self.numbers, value.numel())
-        return result
-
-
-@settings(max_examples=60)
-@given(
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)), stride=st.tuples(st.integers(1, 3), st.integers(1, 2)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)), dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    groups=st.integers(1, 3), channels=st.tuples(st.integers(1, 3), st.integers(1, 3)), count=st.integers(1, 5), side=st.tuples(st.integers(5, 9), st.integers(5, 9)), last=st.tuples(st.booleans(), st.booleans()), positions=st.sampled_from([0, 1000]),
-)
-def test_products_of_a_layer_in_either_layout(kernel, stride, padding, dilation, groups, channels, count, side, last, positions):
-    """By both ways, each map plain or channels-last: each sample's weight gradient by autograd, in float64."""
-    torch.manual_seed(count)
-    weight = torch.randn(channels[0] * groups, channels[1], *kernel, dtype=torch.float64, requires_grad=True)
-    input = torch.randn(count, channels[1] * groups, *side, dtype=torch.float64)
-    output = torch.nn.functional.conv2d(input, weight, None, stride, padding, dilation, groups)
-    gradient = torch.randn_like(output)
-    truth = [torch.autograd.grad(output[i], weight, gradient[i], retain_graph=True)[0].flatten(1).abs().mean(1) for i in range(count)]
-    saw, gave = (t.float().contiguous(memory_format=torch.channels_last if cl else torch.contiguous_format) for t, cl in zip((input, gradient), last))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "FEWER_POSITIONS", positions)
-        found = products.by_products(saw, gave, weight.shape, stride, padding, dilation, groups, "abs")
-    assert oracles.relative_errors(found, torch.stack(truth).numpy()).max() < 1e-5
-
-
-@pytest.mark.parametrize("matrices", [True, False], ids=["im2col", "grouped convolution"])
-def test_fused_never_holds_the_gradients_of_all_samples(matrices, monkeypatch):
-    """No tensor is larger than a slice of per-sample gradients or an activation, and slicing changes no answer."""
-    network, (images, labels) = next(a for a in zoo.ZOO if a.id == "many-weights").make(), zoo.images(48)
-    weights = max(p.numel() for p in network.parameters() if p.dim() == 4)
-    monkeypatch.setattr(products, "_way", lambda input, *_: (matrices, [slice(None)]))
-    whole = make_engine("fused", network, "abs")(images, labels).saliency
-    monkeypatch.setattr(products, "_way", lambda input, *_: (matrices, [slice(at, at + 3) for at in range(0, len(input), 3)]))
-    with Largest() as largest:
-        sliced = make_engine("fused", network, "abs")(images, labels).saliency
-    torch.testing.assert_close(sliced, whole, rtol=1e-4, atol=1e-6 * float(whole.max()))
-    with torch.no_grad(), Largest() as forward:
-        network(images)
-    assert largest.numbers <= max(3 * weights, 2 * forward.numbers) < 48 * weights
-
-
 def test_vmap_holds_the_gradients_of_a_chunk(monkeypatch):
     """The chunk bounds it; and the measure of the test above can tell."""
     network, (images, labels) = next(a for a in zoo.ZOO if a.id == "many-weights").make(), zoo.images(16)
     weights = sum(p.numel() for p in network.parameters() if p.dim() == 4)
     layer = max(p.numel() for p in network.parameters() if p.dim() == 4)
     monkeypatch.setattr(vmap, "CHUNK", 16)
-    with Largest() as whole:
+    with oracles.Largest() as whole:
         make_engine("vmap", network, "abs")(images, labels)
     monkeypatch.setattr(vmap, "CHUNK_NUMBERS", 2 * weights)
-    with Largest() as chunked:
+    with oracles.Largest() as chunked:
         make_engine("vmap", network, "abs")(images, labels)
     assert chunked.numbers <= 2 * weights < 16 * layer <= whole.numbers
 

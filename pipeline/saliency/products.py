@@ -1,8 +1,8 @@
 """Filter saliency of one convolution for every sample, from what the layer saw and the gradient of what it gave.
 
-On a CPU two products are used, both exact, chosen by shape alone (`_way`; bits do not depend on the machine's load): the convolution's own weight gradient, a few
-samples at a time as groups of one wide image, and matrix products, of 1 x 1 kernels and where few positions meet many weights, by im2col. What they give is never more than
-fits a core's own cache, and is reduced where it lies. Maps may lie plainly or channels-last; neither is turned into the other. On a GPU one kernel a layer does it all (`kernels.py`), where it has shown to agree with these.
+On a CPU it is machine code of its own (`microkernels.py`), on a GPU one kernel a layer (`kernels.py`), where either has shown to be right. Elsewhere, and in float64, two of torch's own products
+are used, both exact, chosen by shape alone (`_way`): the convolution's own weight gradient, a few samples at a time as groups of one wide image, and matrix products, of 1 x 1 kernels and where few
+positions meet many weights, by im2col. What they give is never more than fits a core's own cache, and is reduced where it lies. Maps may lie plainly or channels-last; neither is turned into the other.
 
 For input saliency s̄ is differentiated by both of its arguments. With g the per-sample weight gradients, one filter's s̄ is mean |g|, whose derivative by g is
 sign(g) / n: the signs alone are kept, a byte each, and the same two products lead back from them.
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from pipeline.saliency import kernels
+from pipeline.saliency import kernels, microkernels
 from pipeline.saliency.places import NUMBERS
 
 GRADIENTS = 2**18  # per-sample gradient numbers that a thread of a CPU holds at once: 1 MiB in float32
@@ -38,6 +38,8 @@ def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, a
         return _Differentiable.apply(input, gradient, geometry, aggregation)
     if kernels.serves(input) and kernels.agrees(kernels.filter_saliency, by_products, input, gradient, *geometry, aggregation):
         return kernels.filter_saliency(input, gradient, *geometry, aggregation)
+    if microkernels.serves(input, shape, groups, aggregation):
+        return microkernels.filter_saliency(input, gradient, *geometry, aggregation)
     return by_products(input, gradient, *geometry, aggregation)
 
 
