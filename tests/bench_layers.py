@@ -1,9 +1,11 @@
-"""Layer by layer on a GPU: the kernel's filter saliency beside the summed weight gradient that a training step takes of the same maps, which is cuDNN's.
+"""Layer by layer: a kernel's filter saliency beside the summed weight gradient that a training step takes of the same maps.
 
-    python tests/bench_layers.py > layers.json       about two minutes, most of it compiling
+    python tests/bench_layers.py > layers.json          on a GPU: about two minutes, most of it compiling
+    python tests/bench_layers.py cpu > layers-cpu.json  on a CPU, in one thread: about a minute
 
-A benchmark, not a test: what it found is the `layers` of docs/data/performance/gpu.json. Medians of CUDA events around replayed graphs; noise for maps, channels-last, in the three precisions.
-Every time is of the kernel as the engine takes it: its own tile, and of float32 the halving of both maps.
+A benchmark, not a test: what it found is the `layers` of docs/data/performance/gpu.json, and docs/data/performance/layers-cpu.json. Noise for maps, channels-last.
+On a GPU: medians of CUDA events around replayed graphs, in the three precisions; every time is of the kernel as the engine takes it: its own tile, and of float32 the halving of both maps.
+On a CPU: medians of interleaved turns, each with maps of its own turn in cache as the layer before would leave them; and torch's own products, which serve where the kernel does not.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 
 import torch
 
-from pipeline.saliency import kernels, prepare_process
+from pipeline.saliency import kernels, microkernels, prepare_process, products
 
 BATCH, ROUNDS, EACH = 128, 7, 8  # images of a layer; turns, and calls in each
 COMPILERS = 12
@@ -40,6 +43,8 @@ LAYERS = {  # network, layer -> inputs, outputs, kernel, stride, side of the inp
     ("resnet56", "32 16"): (32, 32, 3, 1, 16),
     ("resnet56", "64 8"): (64, 64, 3, 1, 8),
 }
+FEW_IMAGES, TURNS = 4, 15  # of a layer on a CPU: a team's half of a batch
+DEPTHWISE = {("mobilenet_v2", "depthwise 144 56"): (144, 144, 3, 1, 56), ("mobilenet_v2", "depthwise 384 14"): (384, 384, 3, 1, 14)}
 
 
 def turns(key: tuple[str, str], precision: str) -> dict[str, Callable[[], object]]:
@@ -85,7 +90,39 @@ def microseconds(graph: torch.cuda.CUDAGraph) -> float:
     return 1000 * start.elapsed_time(end) / EACH
 
 
+def on_a_cpu() -> list[dict]:
+    prepare_process(1, "fp32")
+    found = []
+    for (network, layer), (ins, outs, kernel, stride, side) in (LAYERS | DEPTHWISE).items():
+        groups, padding, wide = ins if layer.startswith("depthwise") else 1, kernel // 2, (side - 1) // stride + 1
+        torch.manual_seed(0)
+        images, gradient = (torch.randn(FEW_IMAGES, *shape).contiguous(memory_format=torch.channels_last) for shape in ((ins, side, side), (outs, wide, wide)))
+        weight = torch.randn(outs, ins // groups, kernel, kernel).contiguous(memory_format=torch.channels_last)
+        where = ((stride,) * 2, (padding,) * 2, (1, 1))
+        each = {
+            "forward": lambda: torch.conv2d(images, weight, None, *where, groups),
+            "input_gradient": lambda: torch.ops.aten.convolution_backward(gradient, images, weight, None, *where, False, [0, 0], groups, [True, False, False]),
+            "summed_gradient": lambda: torch.ops.aten.convolution_backward(gradient, images, weight, None, *where, False, [0, 0], groups, [False, True, False]),
+            "products": lambda: products.by_products(images, gradient, weight.shape, *where, groups, "abs"),
+            "filter_saliency": lambda: microkernels.filter_saliency(images, gradient, weight.shape, *where, groups, "abs"),
+        }
+        times = {name: [] for name in each}
+        for _ in range(TURNS + 1):
+            for name, run in each.items():
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+        operations = 2 * FEW_IMAGES * weight.numel() * wide**2
+        found.append({"network": network, "layer": layer, "batch_size": FEW_IMAGES} | {f"{name}_gflop_per_s": round(operations / statistics.median(of[1:]) / 1e9, 1) for name, of in times.items()})
+        print(found[-1], file=sys.stderr, flush=True)
+    return found
+
+
 def main() -> None:
+    print(json.dumps(on_a_cpu() if sys.argv[1:] == ["cpu"] else on_a_gpu()))
+
+
+def on_a_gpu() -> list[dict]:
     tasks = [(key, precision) for key in LAYERS for precision in ("bf16", "tf32", "fp32")]
     with multiprocessing.get_context("spawn").Pool(min(COMPILERS, os.cpu_count() or 1)) as pool:
         pool.map(compiled, tasks, chunksize=1)
@@ -100,7 +137,7 @@ def main() -> None:
         network, layer = key
         found.append({"network": network, "layer": layer, "precision": precision, "batch_size": BATCH} | {name: round(statistics.median(of), 1) for name, of in times.items()})
         print(found[-1], file=sys.stderr, flush=True)
-    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":

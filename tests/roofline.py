@@ -158,16 +158,10 @@ def tables() -> dict[str, str]:
         step = ratios.get((name, "step"))
         if step:
             measured.append(f"| {name}, {step['batch_size']} | {step['images_per_s']:,.1f} | " + " | ".join(got(name, e) for e in shown) + " |")
-    beside = {(row["model"], row["engine"]): row for row in json.loads((DATA / "engine-beside.json").read_text(encoding="utf-8"))}
-    alone = ["step-plain", "step-folded", "step-teams", "fused", "fused-unfolded", "loop"]
-    quiet = ["| network, batch | step, images/s | " + " | ".join(alone) + " |", "|---|---:|" + "---:|" * len(alone)]
-    for name in NETWORKS:
-        step = beside[name, "step"]
-        quiet.append(f"| {name}, {step['batch_size']} | {step['images_per_s']:,.1f} | " + " | ".join(f"{beside[name, e]['ratio_to_step']:.2f}" for e in alone) + " |")
     memory = ["| network | step | " + " | ".join(shown) + " | error of fused |", "|---|---:|" + "---:|" * (len(shown) + 1)]
-    for name in NETWORKS:  # of those that hold gradients, by a run that counts them
-        floor, both = beside[name, "step"]["peak_bytes"], ratios | beside
-        over = [f"{both[name, e]['peak_bytes'] / floor:.2f}" if (name, e) in both else "cannot" for e in shown]
+    for name in NETWORKS:
+        floor = ratios[name, "step"]["peak_bytes"]
+        over = [f"{ratios[name, e]['peak_bytes'] / floor:.2f}" if (name, e) in ratios else "cannot" for e in shown]
         memory.append(f"| {name} | {floor / 1e6:,.0f} MB | " + " | ".join(over) + f" | {got(name, 'fused', '{:.0e}', 'relative_error')} |")
     line = ["| what | measured | beside | | ratio |", "|---|---:|---|---:|---:|"]
     for file in sorted(DATA.glob("index*.json")) + sorted(DATA.glob("pipeline*.json")) + sorted(DATA.glob("maps*.json")):
@@ -175,7 +169,7 @@ def tables() -> dict[str, str]:
         for row in json.loads(file.read_text(encoding="utf-8")):
             floor = f"{row['beside']} | {_short(row['floor'])} {row['unit']} | {row['ratio']:.2f}" if row["floor"] is not None else " | | "
             line.append(f"| {title}: {row['what']} | {_short(row['value'])} {row['unit']} | {floor} |")
-    return gpu() | {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory), "beside": "\n".join(quiet), "process": process()}
+    return gpu() | {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory), "layers": layers(), "process": process()}
 
 
 def gpu() -> dict[str, str]:
@@ -215,6 +209,15 @@ def gpu() -> dict[str, str]:
         line.append(f"| {row['what']} | {_short(row['value'])} {row['unit']} | {floor} |")
     tables = {"gpu-sizes": sizes, "gpu-line": line}
     return {name: "\n".join(rows) for name, rows in tables.items()} | {"gpu": "\n".join(beside), "gpu-peers": "\n".join(peers), "gpu-layers": "\n".join(layers), "gpu-recall": "\n".join(recall)}
+
+
+def layers() -> str:
+    """What each layer's passes reach on a CPU, in GFLOP/s."""
+    ways = {"forward": "forward", "input's gradient": "input_gradient", "weight's, summed": "summed_gradient", "filter saliency by torch's products": "products", "in machine code": "filter_saliency"}
+    lines = ["| layer, 4 images, one thread | " + " | ".join(ways) + " |", "|---|" + "---:|" * len(ways)]
+    for row in json.loads((DATA / "layers-cpu.json").read_text(encoding="utf-8")):
+        lines.append(f"| {row['network']}: {row['layer']} | " + " | ".join(f"{row[f'{way}_gflop_per_s']:.0f}" for way in ways.values()) + " |")
+    return "\n".join(lines)
 
 
 def process() -> str:

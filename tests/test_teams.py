@@ -5,6 +5,7 @@ import functools
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +74,59 @@ def test_a_forward_that_somebody_gave_to_one_of_torchs_classes_means_whole_batch
     teams = Teams(zoo.ZOO[0].make())
     monkeypatch.setattr(type(next(m for m in teams.network.modules() if not list(m.children()))), "forward", lambda self, x: x)
     assert teams_of(teams) == 1
+
+
+@pytest.mark.parametrize("forward", [functools.partialmethod(lambda self, x: x), property(lambda self: torch.relu), functools.lru_cache(lambda self, x: x)], ids=["partial method", "property", "cache"])
+def test_so_does_any_other_thing_in_the_place_of_one(forward, monkeypatch):
+    teams = Teams(torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(3, 3)))
+    assert teams_of(teams) == 2
+    monkeypatch.setattr(torch.nn.Tanh, "forward", forward)
+    assert teams_of(teams) == 1
+
+
+def test_a_weak_proxy_means_whole_batches_even_of_nothing():
+    network = zoo.ZOO[0].make()
+    network.parent = weakref.proxy(other := torch.nn.ReLU())
+    del other
+    assert teams_of(Teams(network)) == 1
+
+
+def alike() -> torch.nn.Sequential:
+    """Two activations and two widths, each twice."""
+    a, b, linear = torch.nn.ReLU(), torch.nn.Tanh(), torch.nn.Linear(6, 6)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), a, torch.nn.Conv2d(6, 6, 3), b, torch.nn.Conv2d(6, 6, 3), a, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), linear, torch.nn.Linear(6, 6), torch.nn.Linear(6, 5)).eval()
+    network[9].weight = linear.weight
+    return network
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda n: n.__setitem__(5, n[3]),
+        lambda n: n.__setitem__(3, n[1]),
+        lambda n: setattr(n[9], "weight", torch.nn.Parameter(n[8].weight.detach() * -1)),
+        lambda n: setattr(n[4], "bias", n[2].bias),
+        lambda n: n.__setitem__(8, n[9]),
+    ],
+    ids=["another activation", "the first one again", "a weight of its own", "a bias of another's", "a layer twice"],
+)
+def test_what_takes_a_place_may_be_known_from_another(change):
+    """Nothing that the network holds is new to it, or nothing is gone; and every team has the change."""
+    network, (images, labels) = alike(), zoo.images(8)
+    engine = make_engine("fused", network, "abs")
+    engine(images, labels)
+    change(network)
+    found, anew = engine(images, labels).saliency, make_engine("fused", copy.deepcopy(network), "abs")(images, labels).saliency
+    torch.testing.assert_close(found, anew, rtol=1e-4, atol=1e-6 * float(anew.max()))
+    assert len(engine.teams.networks) == 2
+
+
+def test_teams_are_copied_but_once():
+    teams = Teams(alike())
+    teams(where, *zoo.images(8))
+    first = teams.networks[1]
+    teams(where, *zoo.images(8))
+    assert teams.networks[1] is first
 
 
 class Step(NamedTuple):

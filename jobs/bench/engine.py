@@ -227,7 +227,8 @@ def _fused(network: torch.nn.Module, images: torch.Tensor, fold: bool) -> Conten
     engine = make_engine("fused", network, "abs")
     if not fold:
         engine(images[:1], images.new_zeros(1, dtype=torch.int64))
-        engine.folds = {}
+        layout = torch.channels_last if engine.channels_last else torch.contiguous_format
+        engine.folds, engine.laid = {}, {i: weight.detach().contiguous(memory_format=layout) for i, weight in enumerate(engine.weights)}
     return lambda images, labels: engine(images, labels).saliency
 
 

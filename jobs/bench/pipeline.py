@@ -22,11 +22,15 @@ from pipeline.sources import reader
 from pipeline.store import Store
 from pipeline.units import interval_of, plan
 
+UNITS = 3  # of each engine at least, of which the first does not count
+
 
 def bench_pipeline(source: str | None, model: str | None, weights: str | None, preprocess: str | None, max_samples: int, device: str | None, actors: str, rounds: int) -> list[Measure]:
     """Medians over rounds in which stages, the line in one process and the line on Ray have their turn each. Raises BadRequest for what cannot be measured."""
     if (source is None) != (model is None):
         raise BadRequest("--source and --model go together; without both, the demo's digits are measured")
+    if source is None and (weights or preprocess):
+        raise BadRequest("--weights and --preprocess are of a network that --model names, with --source; without both, the demo's digits are measured")
     for value, option in ((max_samples, "--max-samples"), (rounds, "--rounds")):
         if value < 1:
             raise BadRequest(f"{option}: {value} is less than 1")
@@ -105,11 +109,11 @@ def _transfer(profiler: Profiler, samples: list[Sample]) -> None:
 
 
 def _rate(settings: Settings) -> list[float]:
-    """Images a second of an extraction once every engine has committed a unit, so that starting counts for nothing; none where there are no more units."""
+    """Images a second of an extraction once every engine has committed a unit, so that starting counts for nothing; none where too few are left: two that are committed at once would seem to take no time."""
     extract(settings)
     stamps = sorted((f.stat().st_mtime, interval_of(f.stem)[2] - interval_of(f.stem)[1]) for f in Store(settings.run).files("val"))
     first = settings.actors[1] if settings.actors else 1
-    if len(stamps) <= first:
-        say(f"{len(stamps)} units are too few to tell the start from the rest, and nothing is said: more --max-samples")
+    if len(stamps) < UNITS * first:
+        say(f"{len(stamps)} unit{'s' * (len(stamps) != 1)} are fewer than the {UNITS * first} that tell the rate of {first} engine{'s' * (first != 1)}, and nothing is said: more --max-samples")
         return []
     return [sum(images for _, images in stamps[first:]) / max(stamps[-1][0] - stamps[first - 1][0], 1e-9)]

@@ -38,7 +38,7 @@ class Engine(Protocol):
 
 
 def make_engine(name: str, network: torch.nn.Module, aggregation: str) -> Engine:
-    """`fused` or `vmap` for a network in eval mode. Raises BadRequest if the network has no 4-D weight, ValueError in training mode."""
+    """`fused` or `vmap` for a network in eval mode, whose weights must not change from its first batch on. Raises BadRequest if the network has no 4-D weight, ValueError in training mode."""
     from pipeline.saliency.fused import FusedEngine
     from pipeline.saliency.vmap import VmapEngine
 

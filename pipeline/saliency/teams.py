@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, ClassMethodDescriptorType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, MethodType, WrapperDescriptorType
 
 import torch
 
@@ -25,6 +25,8 @@ NUMBERS = (2, 3)  # of teams: few, since Python runs in one of them at a time
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TORCHS_OWN = frozenset(vars(torch.nn.Module())) - {"training", "_parameters", "_buffers"}  # what every module has, and torch looks after
 CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
+PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+INNATE = (type, BuiltinFunctionType, ClassMethodDescriptorType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType)  # what a class has that is not written in Python
 EMPTY = CellType()
 WRITTEN = ("torch.", "torchvision.", "pipeline.cifar.")
 PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.memory_format))
@@ -92,20 +94,22 @@ def _held(network: torch.nn.Module) -> tuple[list, list] | None:
         if kind in PLAIN:
             plain.append(one)
             continue
+        objects.append(one)  # as often as it is met: what is in its place there may be one that is met elsewhere
         if id(one) in seen:
             continue
         seen.add(id(one))
-        objects.append(one)
+        if kind in PROXIES:  # which may lead nowhere
+            return None
         if isinstance(one, torch.nn.Module):
             if kind not in seen and not all(map(_is_as_written, kind.__mro__)) or not _is_ours(kind) or any(getattr(one, hooks) for hooks in HOOKS):
                 return None
             seen.add(kind)
-            reached.extend(one._modules.values())
-            reached.extend(value for name, value in vars(one).items() if name not in TORCHS_OWN)
+            held = {name: value for name, value in vars(one).items() if name not in TORCHS_OWN}
+            reached.extend((one._modules, len(held), *held, *held.values()))
         elif kind in CONTAINERS or isinstance(one, (list, tuple, set, frozenset, dict)) and _is_ours(kind):
-            reached.extend(one.values() if isinstance(one, dict) else one)
+            reached.extend((len(one), *one, *(one.values() if isinstance(one, dict) else ())))
         elif kind is functools.partial:
-            reached.extend((one.func, *one.args, *one.keywords.values()))
+            reached.extend((one.func, one.args, one.keywords))
         elif kind is weakref.ref:
             reached.append(one())
         elif kind in (torch.Tensor, torch.nn.Parameter):
@@ -122,20 +126,32 @@ def _held(network: torch.nn.Module) -> tuple[list, list] | None:
             if not _is_ours(one) and one.__module__ != "builtins":
                 return None
         elif _is_ours(kind):
-            reached.extend(getattr(one, "__dict__", {}).values())
+            held = getattr(one, "__dict__", {})
+            reached.extend((len(held), *held, *held.values()))
         else:
             return None
     return plain, objects
 
 
 def _is_as_written(kind: type) -> bool:
-    """Whether no function of a class is somebody else's, put there later."""
-    return all(map(_is_written_by_torch, (getattr(f, "__func__", f) for f in vars(kind).values() if isinstance(getattr(f, "__func__", f), FunctionType))))
+    """Whether nothing that a class can do is somebody else's, put there later."""
+    return all(map(_is_torchs_attribute, vars(kind).values()))
+
+
+def _is_torchs_attribute(value: object) -> bool:
+    value = getattr(value, "__func__", value)  # of a class or static method
+    if isinstance(value, property):
+        return all(part is None or isinstance(part, FunctionType) and _is_written_by_torch(part) for part in (value.fget, value.fset, value.fdel))
+    if isinstance(value, FunctionType):
+        return _is_written_by_torch(value)
+    does = callable(value) or hasattr(type(value), "__get__")
+    return not does or isinstance(value, INNATE) or f"{type(value).__module__}.".startswith("torch.")
 
 
 def _is_written_by_torch(function: FunctionType) -> bool:
     """Where it was written, whatever name it goes by, and those that it wraps."""
-    inner = [cell.cell_contents for cell in function.__closure__ or () if cell != EMPTY and isinstance(cell.cell_contents, FunctionType)]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != EMPTY]
+    inner = [one for cell in cells for one in (cell if isinstance(cell, (list, tuple)) else [cell]) if isinstance(one, FunctionType)]
     return f"{function.__globals__.get('__name__')}.".startswith(WRITTEN) and all(map(_is_written_by_torch, inner))
 
 
