@@ -79,7 +79,14 @@ def test_the_line_is_measured_beside_the_engine_and_stage_by_stage():
     assert rows["whole line in one process"]["floor"] == rows["engine"]["value"] == pytest.approx(1000 / stages[2]["value"])
 
 
-@pytest.mark.parametrize("words, message", [(("--source", "x.tar"), "--source and --model go together"), (("--actors", "1,no"), "--actors: 'no' is no number"), (("--max-samples", "0"), "--max-samples: 0 is less than 1"), (("--rounds", "0"), "--rounds: 0 is less than 1")])
+def test_a_line_of_too_few_units_has_no_rate():
+    """One of two engines may have committed the last unit just after the other: that is no rate."""
+    ended = tiny.call("bench", "pipeline", "--max-samples", 700, "--actors", "2", "--format", "json")
+    assert ended.code == 0 and "3 units are fewer than the 4 that tell the rate of 2 engines, and nothing is said: more --max-samples" in ended.err
+    assert [row["what"] for row in ended.json if row["what"].startswith("whole line")] == ["whole line in one process"]
+
+
+@pytest.mark.parametrize("words, message", [(("--source", "x.tar"), "--source and --model go together"), (("--weights", "x.pth"), "--weights and --preprocess are of a network that --model names"), (("--actors", "1,no"), "--actors: 'no' is no number"), (("--max-samples", "0"), "--max-samples: 0 is less than 1"), (("--rounds", "0"), "--rounds: 0 is less than 1")])
 def test_a_line_that_cannot_be_measured_is_refused(words, message):
     assert message in tiny.call("bench", "pipeline", *words).refused()
 

@@ -22,7 +22,7 @@ from pipeline.sources import reader
 from pipeline.store import Store
 from pipeline.units import interval_of, plan
 
-UNITS = 3  # of each engine at least, of which the first does not count
+UNITS = 2  # of each engine at least, of which the first does not count
 
 
 def bench_pipeline(source: str | None, model: str | None, weights: str | None, preprocess: str | None, max_samples: int, device: str | None, actors: str, rounds: int) -> list[Measure]:

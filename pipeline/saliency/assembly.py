@@ -145,6 +145,22 @@ class Code:
         known = self.module.globals.get(name + of) or ir.Function(self.module, ir.FunctionType(gives, [a.type for a in arguments]), name + of)
         return self.builder.call(known, arguments)
 
+    def turned(self, rows: list[ir.Value]) -> list[ir.Value]:
+        """As many vectors as lanes, their columns as rows: blocks of 1, 2, 4 ... change places across the diagonal."""
+        far = 1
+        while far < self.lanes:
+            kept = [lane & far == 0 for lane in range(self.lanes)]
+            low, high = [lane if keep else lane - far + self.lanes for lane, keep in enumerate(kept)], [lane + far if keep else lane + self.lanes for lane, keep in enumerate(kept)]
+            pairs = [(rows[i], rows[i + far]) for i in range(self.lanes) if i & far == 0]
+            mixed = [tuple(self.builder.shuffle_vector(*pair, ir.VectorType(INDEX, self.lanes)(order)) for order in (low, high)) for pair in pairs]
+            found = iter(mixed)
+            rows = list(rows)
+            for i in range(self.lanes):
+                if i & far == 0:
+                    rows[i], rows[i + far] = next(found)
+            far *= 2
+        return rows
+
     def total(self, value: ir.Value) -> ir.Value:
         """The sum of a vector's lanes, by halves."""
         lanes = [self.builder.extract_element(value, INDEX(i)) for i in range(value.type.count)]

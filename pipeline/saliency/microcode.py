@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from typing import NamedTuple
 
 from llvmlite import binding, ir
@@ -31,7 +32,9 @@ class Compiled(NamedTuple):
 
 
 def host() -> Host:
-    """This processor. Raises RuntimeError where it has no vectors that multiply and add at once."""
+    """This processor. Raises RuntimeError where it has no vectors that multiply and add at once, or may not run what was not there when the process began."""
+    if not _runs_new_code():
+        raise RuntimeError("this process may not run code that it makes")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     name, features = binding.get_host_cpu_name(), binding.get_host_cpu_features()
@@ -42,6 +45,13 @@ def host() -> Host:
     if binding.get_process_triple().startswith(("aarch64", "arm64")):
         return Host(name, features.flatten(), 4, 8, 2)  # 16 + 2 + 1 of 32
     raise RuntimeError("this processor has neither AVX2 with FMA nor NEON")
+
+
+def _runs_new_code() -> bool:
+    """Whether memory can be written first and run then. LLVM dies where it cannot."""
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    at = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    return ctypes.CDLL(None).mprotect(ctypes.c_void_p(at), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC) == 0
 
 
 def compiled(host: Host, absolute: bool) -> Compiled:
@@ -72,24 +82,51 @@ class Kernel(Code):
         super().__init__(module, name, [POINTER, POINTER], lanes)
         given = Address(self.builder, self.function.args[0], POINTER), Address(self.builder, self.function.args[1], INT)
         places = [(given[0] + i).load() for i in range(len(Addresses._fields))]
-        self.at = Addresses(*(Address(self.builder, value, *([INT] if name in ("places", "taps") else [])) for name, value in zip(Addresses._fields, places)))
+        self.at = Addresses(*(Address(self.builder, value, *([INT] if name in ("taps", "standing") else [])) for name, value in zip(Addresses._fields, places)))
         self.size = Sizes(*((given[1] + i).number() for i in range(len(Sizes._fields))))
+        with self.loop(self.size.high) as y, self.loop(self.size.across) as x:
+            (self.at.standing + (y * self.size.across + x)).store((y * self.size.down + x * self.size.right).value)
 
     def sample(self, n: Number) -> tuple[Address, Address, Address]:
-        """(input, gradient, found) of one, the input with its padding if it has one."""
+        """(input, gradient, found) of one, the first two channels-last, the input with its padding."""
         at, size = self.at, self.size
-        image = at.input + n * size.image
-        bordered = self.number(0).below(size.border)
-        with self.builder.if_then(bordered), self.loop(size.height) as y:
-            self.copy(at.bordered + (size.border + y * size.bordered_row), image + y * size.row, size.row)
-        image = Address(self.builder, self.builder.select(bordered, at.bordered.value, image.value))
-        return image + size.skipped, at.gradient + n * size.gradients, at.found + n * size.all_outs
+        image, gradient = at.input + n * size.image, at.gradient + n * size.gradients
+        copied, plain, plain_gradient = (self.number(0).below(flag) for flag in (size.copied, size.plain, size.plain_gradient))
+        with self.builder.if_then(copied), self.loop(size.lines) as line:
+            to = at.bordered + (size.border + line * size.bordered_row)
+            with self.builder.if_else(plain) as (turn, take):
+                with turn:
+                    self.turn(to, image + line * size.line, size.channels, size.channels, size.line, size.image // size.channels)
+                with take:
+                    self.copy(to, image + line * size.line * size.channels, size.line * size.channels)
+        with self.builder.if_then(plain_gradient):
+            self.turn(at.turned, gradient, size.gradient_row, size.gradient_row, size.places, size.places)
+        image = Address(self.builder, self.builder.select(copied, at.bordered.value, image.value))
+        return image + size.skipped, Address(self.builder, self.builder.select(plain_gradient, at.turned.value, gradient.value)), at.found + n * size.all_outs
+
+    def turn(self, to: Address, of: Address, row: Number, channels: Number, places: Number, apart: Number) -> None:
+        """Channel after channel, so far apart -> place after place, a row from each other."""
+        each = range(self.lanes)
+        with self.loop(channels, self.lanes) as channel, self.loop(places, self.lanes) as place:
+            some, here, there = (channels - channel).least(self.lanes), of + (channel * apart + place), to + (place * row + channel)
+            last = (places - place).least(self.lanes)
+            with self.builder.if_else(some.least(last).below(self.lanes)) as (part, whole):
+                with whole:
+                    for i, value in enumerate(self.turned([(here + apart * i).load(self.vector) for i in each])):
+                        (there + row * i).store(value)
+                with part:
+                    mask = self.first(last)
+                    seen = self.turned([self.load(here + apart * self.number(i).least(some - 1), mask) for i in each])
+                    for i, value in enumerate(seen):
+                        with self.builder.if_then(self.number(i).below(last)):
+                            self.store(value, there + row * i, self.first(some))
 
     def blocks(self):
-        """Of places, one after another: (where it starts, how many it has)."""
+        """Of places, one after another: where it starts."""
         return self.loop(self.size.places, self.size.block)
 
     def of_block(self, start: Number) -> Number:
+        """How many places it has."""
         return self.size.block.least(self.size.places - start)
 
 
@@ -108,7 +145,7 @@ def dense(module: ir.Module, host: Host, absolute: bool) -> None:
             with code.blocks() as start:
                 count = code.of_block(start)
                 begun, follows = code.number(0).below(start), (start + count).below(size.places)
-                _pack_gradient(code, rows, gave + start * size.all_outs, count)
+                _pack_gradient(code, rows, gave + start * size.gradient_row, count)
                 with code.loop(weights, columns) as column:
                     left = weights - column
                     with code.builder.if_else(left.below(lanes + 1)) as ways:
@@ -133,15 +170,15 @@ def _tile(module: ir.Module, host: Host, wide: int, absolute: bool) -> ir.Functi
     count, begun, follows = code.function.args[4:]
     lanes, columns = host.lanes, host.lanes * wide
     tile = {(row, one): code.variable(code.zeros) for row in range(host.rows) for one in range(wide)}
-    with code.builder.if_then(begun):
-        for (row, one), held in tile.items():
-            held.store((partial + (row * columns + one * lanes)).load(code.vector))
     with code.loop(code.number(count)) as place:
         seen = [(panel + (place * columns + one * lanes)).load(code.vector) for one in range(wide)]
         for row in range(host.rows):
             gave = code.spread((asked + (place * host.rows + row)).load())
             for one in range(wide):
                 tile[row, one].store(code.product(gave, seen[one], tile[row, one].load()))
+    with code.builder.if_then(begun):  # now, and not before: a sum of sums of a block each is less rounded
+        for (row, one), held in tile.items():
+            held.store(code.builder.fadd(held.load(), (partial + (row * columns + one * lanes)).load(code.vector)))
     with code.builder.if_else(follows) as (more, last):
         with more:
             for (row, one), held in tile.items():
@@ -160,7 +197,7 @@ def _pack_gradient(code: Kernel, rows: int, gave: Address, count: Number) -> Non
     whole, tall = size.outs // rows, size.block * rows
     rest = size.outs - whole * rows
     with code.loop(count) as place:
-        of, to = gave + place * size.all_outs, code.at.asked + place * rows
+        of, to = gave + place * size.gradient_row, code.at.asked + place * rows
         with code.loop(whole) as tile:
             (to + tile * tall).store((of + tile * rows).load(vector(rows)))
         with code.builder.if_then(code.number(0).below(rest)):
@@ -169,7 +206,7 @@ def _pack_gradient(code: Kernel, rows: int, gave: Address, count: Number) -> Non
 
 def _pack_input(code: Kernel, columns: int, seen: Address, start: Number, count: Number, column: Number, left: Number) -> None:
     """`panel`: place after place, its columns side by side, 0 for those that the last panel lacks. It is filled run by run."""
-    size, lanes, places, panel = code.size, code.lanes, code.at.places + start, code.at.panel
+    size, lanes, places, panel = code.size, code.lanes, code.at.standing + start, code.at.panel
     width = left.least(columns)
     with code.builder.if_then(width.below(columns)), code.loop(count * columns, lanes) as i:
         (panel + i).store(code.zeros)
@@ -204,13 +241,13 @@ def depthwise(module: ir.Module, host: Host, absolute: bool) -> None:
                 mask, partial = code.first(size.groups - channel), at.partial + (channel * size.run + tap * lanes)
                 taps = [image + (channel + (at.taps + (tap + i)).number()) for i in range(TAPS)]
                 sums = [code.variable(code.zeros) for _ in taps]
-                with code.builder.if_then(begun):
-                    for i, held in enumerate(sums):
-                        held.store((partial + i * lanes).load(code.vector))
                 with code.loop(code.of_block(start)) as place:
-                    gave, seen = code.load(gradient + (channel + (start + place) * size.all_outs), mask), (at.places + (start + place)).number()
+                    gave, seen = code.load(gradient + (channel + (start + place) * size.gradient_row), mask), (at.standing + (start + place)).number()
                     for of, held in zip(taps, sums):
                         held.store(code.product(gave, code.load(of + seen, mask), held.load()))
+                with code.builder.if_then(begun):
+                    for i, held in enumerate(sums):
+                        held.store(code.builder.fadd(held.load(), (partial + i * lanes).load(code.vector)))
                 for i, held in enumerate(sums):
                     (partial + i * lanes).store(held.load())
         with code.loop(size.groups, lanes) as channel:

@@ -38,7 +38,7 @@ def filter_saliency(input, gradient, shape, stride, padding, dilation, groups, a
         return _Differentiable.apply(input, gradient, geometry, aggregation)
     if kernels.serves(input) and kernels.agrees(kernels.filter_saliency, by_products, input, gradient, *geometry, aggregation):
         return kernels.filter_saliency(input, gradient, *geometry, aggregation)
-    if microkernels.serves(input, shape, groups, aggregation):
+    if microkernels.serves(input, gradient, shape, groups, aggregation):
         return microkernels.filter_saliency(input, gradient, *geometry, aggregation)
     return by_products(input, gradient, *geometry, aggregation)
 
