@@ -114,6 +114,6 @@ def _rate(settings: Settings) -> list[float]:
     stamps = sorted((f.stat().st_mtime, interval_of(f.stem)[2] - interval_of(f.stem)[1]) for f in Store(settings.run).files("val"))
     first = settings.actors[1] if settings.actors else 1
     if len(stamps) < UNITS * first:
-        say(f"{len(stamps)} unit{'s' * (len(stamps) != 1)} are fewer than the {UNITS * first} that tell the rate of {first} engine{'s' * (first != 1)}, and nothing is said: more --max-samples")
+        say(f"no rate of {first} engine{'s' * (first != 1)} from {len(stamps)} unit{'s' * (len(stamps) != 1)}, but from {UNITS * first} on: more --max-samples")
         return []
     return [sum(images for _, images in stamps[first:]) / max(stamps[-1][0] - stamps[first - 1][0], 1e-9)]
