@@ -2,7 +2,7 @@
 
 On a CPU it is machine code of its own (`microkernels.py`), on a GPU one kernel a layer (`kernels.py`), where either has shown to be right. Elsewhere, and in float64, two of torch's own products
 are used, both exact, chosen by shape alone (`_way`): the convolution's own weight gradient, a few samples at a time as groups of one wide image, and matrix products, of 1 x 1 kernels and where few
-positions meet many weights, by im2col. What they give is never more than fits a core's own cache, and is reduced where it lies. Maps may lie plainly or channels-last; neither is turned into the other.
+positions meet many weights, by im2col. What they give is never more than fits a core's own cache, and is reduced where it lies. They take plain maps and channels-last ones as these lie.
 
 For input saliency s̄ is differentiated by both of its arguments. With g the per-sample weight gradients, one filter's s̄ is mean |g|, whose derivative by g is
 sign(g) / n: the signs alone are kept, a byte each, and the same two products lead back from them.
