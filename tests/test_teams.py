@@ -76,7 +76,7 @@ def test_a_forward_that_somebody_gave_to_one_of_torchs_classes_means_whole_batch
     assert teams_of(teams) == 1
 
 
-@pytest.mark.parametrize("forward", [functools.partialmethod(lambda self, x: x), property(lambda self: torch.relu), functools.lru_cache(lambda self, x: x)], ids=["partial method", "property", "cache"])
+@pytest.mark.parametrize("forward", [functools.partialmethod(lambda self, x: x), property(lambda self: torch.relu), functools.lru_cache(lambda self, x: x), zoo.Animal, torch.nn.Sequential()], ids=["partial method", "property", "cache", "class", "module"])
 def test_so_does_any_other_thing_in_the_place_of_one(forward, monkeypatch):
     teams = Teams(torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(3, 3)))
     assert teams_of(teams) == 2
@@ -96,6 +96,7 @@ def alike() -> torch.nn.Sequential:
     a, b, linear = torch.nn.ReLU(), torch.nn.Tanh(), torch.nn.Linear(6, 6)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), a, torch.nn.Conv2d(6, 6, 3), b, torch.nn.Conv2d(6, 6, 3), a, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), linear, torch.nn.Linear(6, 6), torch.nn.Linear(6, 5)).eval()
     network[9].weight = linear.weight
+    network[2].bias, network[2].scale = None, torch.nn.Parameter(torch.ones(6))
     return network
 
 
@@ -107,8 +108,9 @@ def alike() -> torch.nn.Sequential:
         lambda n: setattr(n[9], "weight", torch.nn.Parameter(n[8].weight.detach() * -1)),
         lambda n: setattr(n[4], "bias", n[2].bias),
         lambda n: n.__setitem__(8, n[9]),
+        lambda n: (setattr(n[2], "bias", n[2].scale), setattr(n[2], "scale", None)),
     ],
-    ids=["another activation", "the first one again", "a weight of its own", "a bias of another's", "a layer twice"],
+    ids=["another activation", "the first one again", "a weight of its own", "a bias of another's", "a layer twice", "a bias in the place of nothing"],
 )
 def test_what_takes_a_place_may_be_known_from_another(change):
     """Nothing that the network holds is new to it, or nothing is gone; and every team has the change."""

@@ -26,7 +26,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 TORCHS_OWN = frozenset(vars(torch.nn.Module())) - {"training", "_parameters", "_buffers"}  # what every module has, and torch looks after
 CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
 PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
-INNATE = (type, BuiltinFunctionType, ClassMethodDescriptorType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType)  # what a class has that is not written in Python
+INNATE = (BuiltinFunctionType, ClassMethodDescriptorType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType)  # what a class has that is not written in Python
 EMPTY = CellType()
 WRITTEN = ("torch.", "torchvision.", "pipeline.cifar.")
 PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.memory_format))
@@ -94,6 +94,7 @@ def _held(network: torch.nn.Module) -> tuple[list, list] | None:
         if kind in PLAIN:
             plain.append(one)
             continue
+        plain.append(kind)  # so that the two lists keep step
         objects.append(one)  # as often as it is met: what is in its place there may be one that is met elsewhere
         if id(one) in seen:
             continue
@@ -144,8 +145,10 @@ def _is_torchs_attribute(value: object) -> bool:
         return all(part is None or isinstance(part, FunctionType) and _is_written_by_torch(part) for part in (value.fget, value.fset, value.fdel))
     if isinstance(value, FunctionType):
         return _is_written_by_torch(value)
+    if isinstance(value, type):
+        return f"{value.__module__}.".startswith(("builtins.", *WRITTEN))
     does = callable(value) or hasattr(type(value), "__get__")
-    return not does or isinstance(value, INNATE) or f"{type(value).__module__}.".startswith("torch.")
+    return not does or isinstance(value, INNATE) or f"{type(value).__module__}.".startswith("torch.") and not isinstance(value, torch.nn.Module)
 
 
 def _is_written_by_torch(function: FunctionType) -> bool:
