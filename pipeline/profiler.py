@@ -16,7 +16,7 @@ import contextlib
 import gc
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -36,11 +36,10 @@ from pipeline.store import MADE_BY, REJECTS, profiles_schema
 
 
 class Launched(NamedTuple):
-    """Rows of a batch that are computed at once: their places in the batch, [s̄, logits] float32 in memory of this process, and what tells that they are there (None: they are)."""
+    """Rows of a batch that are computed at once: their places in the batch, and what waits for [s̄, logits], in memory of this process, and gives them or raises."""
 
     places: list[int]
-    results: tuple[torch.Tensor, ...]
-    done: torch.cuda.Event | None
+    results: Callable[[], tuple[torch.Tensor, ...]]
 
 
 Batch = list[Launched]
@@ -54,10 +53,10 @@ class Profiler:
         self.manifest, self.device = manifest, torch.device(device)
         self.on_gpu = self.device.type == "cuda"
         self.halves = self.on_gpu  # a CPU's bits are promised: there the unit waits until the memory is free again
-        self.ahead = 1 if self.on_gpu else 0  # batches that are begun before the rows of an earlier one are made
+        self.ahead = 1  # batches that are begun before the rows of an earlier one are made
         self.turn = threading.RLock()  # of the thread that begins batches
         self.most = manifest.batch_size  # rows that fit into memory at once, as far as is known
-        self.engine = make_engine(manifest.engine, network.to(self.device), manifest.aggregation)
+        self.engine = make_engine(manifest.engine, network.to(self.device).requires_grad_(False), manifest.aggregation)
 
     @classmethod
     def restore(cls, run: Path, device: str) -> Profiler:
@@ -76,7 +75,7 @@ class Profiler:
     def parts(self, samples: list[Sample], shard: str, start: int) -> Iterator[tuple[pa.Table, pa.Table]]:
         """The same, batch by batch. Raises Stopped where this thread does not get those that compute with it.
 
-        On a GPU the next batch is begun before the rows of this one are made, and the next unit before the last rows of this one: it never waits. Close what is given where it is not read to its end.
+        The next batch is begun before the rows of this one are waited for and made, and on a GPU the next unit before the last rows of this one: it never waits. Close what is given where it is not read to its end.
         """
         have_threads(self.manifest.threads)
         shard = shard.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -141,7 +140,7 @@ class Profiler:
         return {(start + i) % self.manifest.batch_size: samples[i] for i in chosen}
 
     def _launch(self, places: dict[int, Sample]) -> Batch:
-        """Samples of one shape, each computed in its place (a row of the batch), `most` rows at a time: begun, on a GPU, and not waited for."""
+        """Samples of one shape, each computed in its place (a row of the batch), `most` rows at a time: begun, and not waited for."""
         with self.turn:
             while True:
                 blocks = [list(block) for _, block in groupby(places, lambda row: row // self.most)]
@@ -169,21 +168,18 @@ class Profiler:
         pixels, labels = self.transfer(places)
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.manifest.precision == "bf16" else contextlib.nullcontext()
         with bf16:
-            result = self.engine(self.manifest.preprocessing.normalise(pixels), labels)
+            begun = self.engine.begin(self.manifest.preprocessing.normalise(pixels), labels)
         if not self.on_gpu:
-            return Launched(list(places), tuple(t.float() for t in result), None)
-        back = tuple(torch.empty(t.shape, pin_memory=True).copy_(t, non_blocking=True) for t in result)
+            return Launched(list(places), begun)
+        back = tuple(torch.empty(t.shape, pin_memory=True).copy_(t, non_blocking=True) for t in begun())
         done = torch.cuda.Event(blocking=True)
         done.record()
-        return Launched(list(places), back, done)
+        return Launched(list(places), lambda: (done.synchronize(), back)[1])
 
     @staticmethod
     def _results(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """(s̄ float32 [B, F], logits float32 [B, C]) of what was launched, once it is there."""
-        for launched in batch:
-            if launched.done:
-                launched.done.synchronize()
-        return tuple(np.concatenate([t.numpy()[launched.places] for t, launched in zip(part, batch)]) for part in zip(*(launched.results for launched in batch)))
+        return tuple(np.concatenate([t.float().numpy()[launched.places] for t, launched in zip(part, batch)]) for part in zip(*(launched.results() for launched in batch)))
 
     def _table(self, samples: list[Sample], rows: list[tuple[np.ndarray, np.ndarray]], shard: str) -> pa.Table:
         schema = profiles_schema(self.manifest.layers.total).with_metadata({MADE_BY: self.manifest.fingerprint})

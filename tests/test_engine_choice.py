@@ -1,5 +1,6 @@
 """Networks that the fused engine would answer wrongly, or that no engine can differentiate: seen before a run, by what they do."""
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,3 +123,30 @@ def test_it_hides_nothing_either(how):
     images[1] = 0
     assert choose_engine(network, images)[0] == "vmap"
     assert "not finite" in choose_engine(network, images * 0)[1]
+
+
+class Particular(torch.nn.Module):
+    """Wants its maps plain, and says so in a way of its own; or reads them as if they were."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.first, self.linear = how, torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Linear(8, zoo.CLASSES)
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.how == "asserts":
+            assert x.is_contiguous(), "plain maps please"
+        if self.how == "views":
+            x = x.view(x.shape[0] * x.shape[1], 1, *x.shape[2:]).relu().view(x.shape)
+        if self.how == "strides":
+            x = x.as_strided(x.shape, (x[0].numel(), x[0, 0].numel(), x.shape[3], 1))
+        return self.linear(x.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", ["asserts", "views", "strides"])
+def test_a_network_that_wants_plain_maps_has_them(how):
+    network, (images, labels) = Particular(how).eval(), zoo.images(6)
+    assert choose_engine(network, images[:3])[0] == "fused"
+    engine = make_engine("fused", network, "abs")
+    assert oracles.relative_errors(engine(images, labels).saliency, oracles.saliency(network, images, labels, "abs")).max() < 1e-4 and not engine.channels_last

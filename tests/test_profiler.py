@@ -3,9 +3,11 @@
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import oracles
@@ -24,6 +26,7 @@ from pipeline.census import Census
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
 from pipeline.profiler import Profiler
+from pipeline.saliency import Saliency
 from pipeline.samples import Preprocessing, Sample, decode
 from pipeline.sources import RawSample, open_source
 from pipeline.store import Store, profiles_schema, saliency_of
@@ -95,8 +98,24 @@ class Picky(torch.nn.Module):
         return self.linear(torch.relu(self.conv(x)).mean((2, 3))) + torch.where(first < -2, torch.nan, 0.0)[:, None]
 
 
+class Played(NamedTuple):
+    """An engine that computes as a function does: when a batch is begun, or, `late`, when it is waited for, as what fails in a team is raised."""
+
+    compute: Callable[[torch.Tensor, torch.Tensor], Saliency]
+    late: bool = False
+
+    def begin(self, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], Saliency]:
+        if self.late:
+            return lambda: self.compute(images, labels)
+        found = self.compute(images, labels)
+        return lambda: found
+
+
+LATE = pytest.mark.parametrize("late", [False, True], ids=["at once", "when waited for"])
+
+
 def picky(batch_size: int = 4, ahead: int = 0) -> Profiler:
-    """ahead: as on a GPU, where the next batch is begun before the rows of this one are made."""
+    """ahead: batches that are begun before the rows of an earlier one are made."""
     network = Picky().eval()
     profiler = Profiler(replace(MANIFEST, layers=FilterLayout.of(network), preprocessing=RECIPE, classes=zoo.CLASSES, batch_size=batch_size), network, "cpu")
     profiler.ahead = ahead
@@ -134,31 +153,34 @@ def test_sample_that_fails_is_set_aside_alone(ahead):
 
 
 @AHEAD
+@LATE
 @pytest.mark.parametrize("fault, reason", [(SystemExit(3), "SystemExit: 3"), (GeneratorExit(), "GeneratorExit"), (BaseException("of its own"), "BaseException: of its own")], ids=["exit", "generator", "own"])
-def test_a_network_that_asks_to_exit_fails_like_any_other(monkeypatch, fault, reason, ahead):
+def test_a_network_that_asks_to_exit_fails_like_any_other(fault, reason, ahead, late):
     profiler, engine = picky(ahead=ahead), picky().engine
-    monkeypatch.setattr(profiler, "engine", lambda images, labels: (_ for _ in ()).throw(fault) if (images[:, 0, 0, 0] > 2).any() else engine(images, labels))
+    profiler.engine = Played(lambda images, labels: (_ for _ in ()).throw(fault) if (images[:, 0, 0, 0] > 2).any() else engine(images, labels), late)
     table, rejects = profiler.profile(with_corners(samples_of(3), [100, 255, 100]), "a.tar", 0)
     assert table["sample_id"].to_pylist() == ["00", "02"] and rejects["reason"].to_pylist() == [f"the network fails on it: {reason}"]
 
 
 @AHEAD
-def test_ctrl_c_is_no_samples_fault(monkeypatch, ahead):
+@LATE
+def test_ctrl_c_is_no_samples_fault(ahead, late):
     profiler = picky(ahead=ahead)
-    monkeypatch.setattr(profiler, "engine", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    profiler.engine = Played(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt), late)
     with pytest.raises(KeyboardInterrupt):
         profiler.profile(samples_of(3), "a.tar", 0)
 
 
+@LATE
 @pytest.mark.parametrize(
     "fault",
     [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), RuntimeError("CUDA error: unspecified launch failure"), OSError(28, "No space left on device")],
     ids=["memory of the device", "of the machine", "GPU", "GPU, as older versions say it", "disk"],
 )
-def test_what_the_machine_does_is_no_samples_fault(monkeypatch, fault):
+def test_what_the_machine_does_is_no_samples_fault(fault, late):
     """No sample goes to the rejects for a batch that was too large for the device, for a GPU that fails, or for a kernel that found no space to be compiled."""
     profiler = picky()
-    monkeypatch.setattr(profiler, "engine", lambda *_: (_ for _ in ()).throw(fault))
+    profiler.engine = Played(lambda *_: (_ for _ in ()).throw(fault), late)
     with pytest.raises(type(fault)):
         profiler.profile(samples_of(3), "a.tar", 0)
 
@@ -173,7 +195,7 @@ def short_of_memory(profiler: Profiler, most: int, fault: Exception, halves: boo
             raise fault
         return engine(images, labels)
 
-    profiler.engine = small
+    profiler.engine = Played(small)
     return tried
 
 
@@ -232,7 +254,7 @@ def test_threads_with_a_unit_each_take_turns():
                 return next(parts)
         return profiler.profile(units[turn], "a.tar", 0)
 
-    profiler.engine = watched
+    profiler.engine = Played(watched)
     with ThreadPoolExecutor(3) as threads:
         found = list(threads.map(profile, range(6)))
     assert all(found[i] == (alone, rejects) for i in (1, 2, 4, 5)) and all(found[i][0] == alone.slice(0, 3) for i in (0, 3))
@@ -310,7 +332,7 @@ def test_unit_that_cannot_be_read_or_written_says_why(run, monkeypatch):
         assert reason.replace(".udcff", "\\udcff") in receipt.fault
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert writer(decoded).fault.endswith("cannot be written: No space left on device")
-    monkeypatch.setattr(writer.profiler, "engine", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried to")))
+    writer.profiler.engine = Played(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried to")))
     assert writer(decoded).fault.endswith("OutOfMemoryError: CUDA out of memory.")
     assert store.committed("val") == [] and not list(run.glob("profiles/val/*"))
 

@@ -14,7 +14,7 @@ from torch import nn
 from pipeline import saliency
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
-from pipeline.saliency import check_network, choose_engine, fused, make_engine, vmap
+from pipeline.saliency import check_network, choose_engine, make_engine, objections, vmap
 from pipeline.saliency.loss import cross_entropy
 
 CASES = [pytest.param(animal, name, id=f"{animal.id}-{name}") for animal in zoo.ZOO for name in ("fused", "vmap") if name == "vmap" or animal.engine == "fused"]
@@ -293,6 +293,6 @@ def test_rounding_at_a_kink_is_no_objection():
     network = Kinked(images[:1]).eval().requires_grad_(False)
     layout, label = FilterLayout.of(network), torch.zeros(1, dtype=torch.int64)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    assert fused._errors(network, layout, images[:1], label)[0] > fused.TOLERANCE, "the case is one"
+    assert objections._errors(network, layout, images[:1], label)[0] > objections.TOLERANCE, "the case is one"
     assert choose_engine(network, images) == ("fused", "every 4-D weight is used in one convolution")
     assert all(value.dtype == before[name].dtype and torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -17,7 +17,7 @@ import zoo
 import torchvision.transforms as v1
 from torchvision.transforms import v2
 
-from pipeline.saliency import choose_engine, make_engine
+from pipeline.saliency import make_engine
 from pipeline.saliency.teams import Teams
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +225,40 @@ def test_company_changes_no_bit(animal):
     assert torch.equal(mixed.saliency[3:6], whole.saliency[3:6]) and torch.equal(mixed.logits[3:6], whole.logits[3:6])
 
 
+def test_who_is_done_goes_on_with_the_next_batch():
+    """While the other team is still at the first: neither waits for the other. Each has a network of its own meanwhile, and none is the one that is looked at."""
+    network, reached, used = zoo.ZOO[0].make(), threading.Event(), {}
+
+    def compute(own: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        used[float(images[0])] = own
+        if images[0] == 0:  # until what is begun after it is done
+            assert reached.wait(60)
+        if images[0] == 12:
+            reached.set()
+        return (images * 2,)
+
+    teams, rows = Teams(network), torch.arange(4.0)
+    first, second = (teams.begin(compute, rows + start, labels=rows) for start in (0, 10))
+    assert torch.equal(second()[0], 2 * (rows + 10)) and torch.equal(first()[0], 2 * rows) and torch.get_num_threads() == 2
+    assert sorted(used) == [0, 2, 10, 12] and used[2] is used[10] is used[12] is not used[0] and network not in used.values()
+
+
+def test_batches_that_are_begun_before_an_earlier_one_is_waited_for_are_right():
+    """In whatever order they are asked for, and whether one of them fails; a network whose parameters ask for a gradient has them ask again at once, and is done."""
+    network, (images, labels), (others, theirs) = zoo.ZOO[0].make(), zoo.images(8), zoo.images(8, seed=9)
+    engine, wrong = make_engine("fused", network, "abs"), labels.clone()
+    wrong[7] = zoo.CLASSES
+    rows = [engine(images, labels), engine(others, theirs)]
+    done = engine.begin(images, labels)
+    assert all(p.requires_grad for p in network.parameters()) and engine.teams.pool._work_queue.empty() and torch.equal(done().saliency, rows[0].saliency)
+    network.requires_grad_(False)
+    begun = [engine.begin(*batch) for batch in ((images, labels), (images, wrong), (others, theirs))]
+    with pytest.raises((RuntimeError, IndexError)):
+        begun[1]()
+    for i, wait in ((1, begun[2]), (0, begun[0])):
+        assert torch.equal(wait().saliency, rows[i].saliency) and torch.equal(wait().logits, rows[i].logits)
+
+
 KEPT: dict[str, torch.Tensor] = {}
 
 
@@ -294,33 +328,6 @@ def test_what_fails_in_a_team_is_raised_and_the_next_batch_is_right():
         engine(images, wrong)
     assert torch.equal(engine(images, labels).saliency, make_engine("fused", network, "abs")(images, labels).saliency)
     assert all(p.requires_grad and p.grad is None for p in network.parameters())
-
-
-class Particular(torch.nn.Module):
-    """Wants its maps plain, and says so in a way of its own; or reads them as if they were."""
-
-    def __init__(self, how: str):
-        super().__init__()
-        torch.manual_seed(0)
-        self.how, self.first, self.linear = how, torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Linear(8, zoo.CLASSES)
-
-    def forward(self, x):
-        x = self.first(x)
-        if self.how == "asserts":
-            assert x.is_contiguous(), "plain maps please"
-        if self.how == "views":
-            x = x.view(x.shape[0] * x.shape[1], 1, *x.shape[2:]).relu().view(x.shape)
-        if self.how == "strides":
-            x = x.as_strided(x.shape, (x[0].numel(), x[0, 0].numel(), x.shape[3], 1))
-        return self.linear(x.relu().mean((2, 3)))
-
-
-@pytest.mark.parametrize("how", ["asserts", "views", "strides"])
-def test_a_network_that_wants_plain_maps_has_them(how):
-    network, (images, labels) = Particular(how).eval(), zoo.images(6)
-    assert choose_engine(network, images[:3])[0] == "fused"
-    engine = make_engine("fused", network, "abs")
-    assert oracles.relative_errors(engine(images, labels).saliency, oracles.saliency(network, images, labels, "abs")).max() < 1e-4 and not engine.channels_last
 
 
 def test_bf16_reaches_every_team():

@@ -27,8 +27,9 @@ from jobs.progress import say
 from pipeline import models
 from pipeline.errors import BadRequest, printable
 from pipeline.saliency import make_engine, prepare_process
-from pipeline.saliency.fused import objection, takes_channels_last
+from pipeline.saliency.fused import takes_channels_last
 from pipeline.saliency.loss import cross_entropy
+from pipeline.saliency.objections import objection
 from pipeline.saliency.replays import Replays
 from pipeline.saliency.teams import Teams
 from pipeline.saliency.vmap import reduce_filters

@@ -6,7 +6,7 @@ The profile ŝ(x) of an image is boosted at a few filters F, s'_F = ŝ with the 
     M_F = |d/dx D_cos(ŝ(x), s'_F)|        (eq. 4)
 
 ŝ(x) is itself made of gradients, so that this is a second derivative. It is exact: autograd differentiates the backward pass. Images of a batch go through together
-where the fused engine has no objection to the network (`pipeline.saliency.fused`), and one at a time where it has: whatever a network does that autograd can
+where the fused engine has no objection to the network (`pipeline.saliency.objections`), and one at a time where it has: whatever a network does that autograd can
 differentiate twice is then right. Where the gradient of a weight is 0, |.| has no derivative, and contributes 0.
 
 The nearer ŝ(x) is to its target, the less of a number's digits tell them apart: where one filter outweighs all others and F holds it, D_cos is near 0 and a map in
@@ -24,9 +24,10 @@ import torch
 
 from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
-from pipeline.saliency.fused import FusedEngine, Objection, objection
+from pipeline.saliency.fused import FusedEngine, Objection
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
+from pipeline.saliency.objections import objection
 from pipeline.saliency.twice import twice_differentiable
 from pipeline.saliency.vmap import reduce_filters
 from pipeline.statistics import Reference

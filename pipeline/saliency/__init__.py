@@ -13,6 +13,7 @@ eval mode, and both leave the network as they found it.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
@@ -36,6 +37,9 @@ class Saliency(NamedTuple):
 class Engine(Protocol):
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency: ...
 
+    def begin(self, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], Saliency]:
+        """What waits for the same and gives it, or raises. One thread begins batches, one after the other, and leaves both tensors and the network as they are until it has the results."""
+
 
 def make_engine(name: str, network: torch.nn.Module, aggregation: str) -> Engine:
     """`fused` or `vmap` for a network in eval mode, whose weights must not change from its first batch on. Raises BadRequest if the network has no 4-D weight, ValueError in training mode."""
@@ -50,9 +54,9 @@ def make_engine(name: str, network: torch.nn.Module, aggregation: str) -> Engine
 def choose_engine(network: torch.nn.Module, images: torch.Tensor) -> tuple[str, str]:
     """(engine, why) for a network, from what it does with a few images float32 [B, 3, H, W], never from its class.
 
-    `fused` only if it is exact: see `pipeline.saliency.fused.objection`. Raises Stopped where memory is too short to tell: an engine is chosen by what a network does alone.
+    `fused` only if it is exact: see `pipeline.saliency.objections`. Raises Stopped where memory is too short to tell: an engine is chosen by what a network does alone.
     """
-    from pipeline.saliency.fused import objection
+    from pipeline.saliency.objections import objection
 
     try:
         reason = objection(network, images)

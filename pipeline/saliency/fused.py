@@ -13,8 +13,8 @@ s̄ is a function of the images that autograd knows, at the price of a second ba
 
 from __future__ import annotations
 
-import copy
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -33,18 +33,13 @@ from pipeline.saliency.replays import Replays
 from pipeline.saliency.teams import Teams
 from pipeline.saliency.twice import twice_differentiable
 
-TOLERANCE = 1e-3  # relative, between one image's s̄ here and by autograd, over all filters; in float64 over any layer's
-COARSE = 1e-2  # over any layer's in float32
-NOTHING = 1e-10  # of all of s̄: a layer with less has rounding alone
-ROWS = 2  # images that are held against autograd
-
 
 class Objection(RuntimeError):
     """The network does what this engine would not be exact for."""
 
 
 class FusedEngine:
-    """See `pipeline.saliency.Engine`. Exact for networks to which `objection` has none."""
+    """See `pipeline.saliency.Engine`. Exact for networks to which `objections.py` has none."""
 
     def __init__(self, network: torch.nn.Module, layout: FilterLayout, aggregation: str):
         self.network, self.aggregation, self.filters = network, aggregation, layout.total
@@ -65,14 +60,22 @@ class FusedEngine:
             return self.once(images, labels)
         if images.is_cuda:
             return Saliency(*self.replays(self.once, images, labels))
+        with frozen(self.network):
+            return self.begin(images, labels)()
+
+    def begin(self, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], Saliency]:
+        """See `pipeline.saliency.Engine`. On a CPU teams compute it meanwhile, if no parameter asks for a gradient: where one does, as it may again before they are done, all is done when this returns."""
+        if not len(images) or images.is_cuda or any(p.requires_grad for p in self.network.parameters()):
+            found = self(images, labels)
+            return lambda: found
         self._prepare(images)
-        with _frozen(self.network):
-            return Saliency(*self.teams(self._computed, images, labels))
+        result = self.teams.begin(self._computed, images, labels)
+        return lambda: Saliency(*result())
 
     def once(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         """The same as one batch that is never recorded: for those that will not come again."""
         self._prepare(images)
-        with _frozen(self.network):
+        with frozen(self.network):
             return self._computed(self.network, images, labels)
 
     def _computed(self, network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
@@ -91,7 +94,7 @@ class FusedEngine:
         """The same as functions of the images, which ask for a gradient: autograd can differentiate both once. s̄ and logits are of the images' dtype. Raises as above."""
         self._prepare(images)
         sink = self._sink(images)
-        with _frozen(self.network), torch.enable_grad(), PlainLayouts(), twice_differentiable(), sink:
+        with frozen(self.network), torch.enable_grad(), PlainLayouts(), twice_differentiable(), sink:
             logits = self.network(self._laid_out(images) if images.is_cuda else images.clone(memory_format=torch.contiguous_format))
             sink.close()
             sink.refuse()
@@ -235,79 +238,8 @@ class _Convolution(torch.autograd.Function):
         return below, *(None,) * 8
 
 
-def objection(network: torch.nn.Module, images: torch.Tensor) -> str | None:
-    """Why the fused engine would not be exact for this network, or None. images: float32 [B, 3, H, W], two or more.
-
-    It looks at what the network does: whether its weights are used in one plain convolution each, whether an image's answer depends on who shares its batch,
-    and whether s̄ of images in a batch, in either order, is what autograd gives for each alone, layer by layer: in float32, and where they differ there in float64,
-    since two ways to compute an activation may put it on two sides of a ReLU's kink, in a large network by a per cent of s̄.
-    """
-    if parametrised := [name for name, _ in network.named_modules() if name.endswith("parametrizations")]:
-        return f"{parametrised[0].rpartition('.')[0]} computes its weight from others"
-    layout = FilterLayout.of(network)
-    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    try:
-        with _exactly(images.device.type):
-            got = FusedEngine(network, layout, "abs").once(images, labels)
-            sound = _sound(got.logits)
-            if not sound.any():
-                return "its output for the trial images is not finite"
-            order = sound.int().argsort(descending=True, stable=True)
-            images, logits = images[order], got.logits[order]
-            alone = FusedEngine(network, layout, "abs").once(images[:1], labels[:1])
-            if not torch.allclose(logits[:1], alone.logits, rtol=1e-2, atol=1e-3 * float(logits[: int(sound.sum())].abs().max())):
-                return "an image's logits depend on which images share its batch"
-            error, of_layer = _errors(network, layout, images[:ROWS], labels[:ROWS])
-            if not (error <= TOLERANCE and of_layer <= COARSE):
-                error = max(_errors(copy.deepcopy(network).double(), layout, images[:ROWS].double(), labels[:ROWS]))
-    except RuntimeError as fault:
-        if is_memory(fault):
-            raise
-        return str(fault).splitlines()[0].removeprefix("the fused engine is not exact here: ").removesuffix("; use --engine vmap")
-    if not error <= TOLERANCE:
-        return f"its filter saliency differs from autograd's by {error:.1e} on a trial image"
-    return None
-
-
-def _errors(network, layout, images, labels) -> tuple[float, float]:
-    """Largest relative differences of any image's s̄ from autograd's, over all filters and over any layer's, in the network's own precision: of the batch, and of the batch in the other order."""
-    truth = torch.cat([_by_autograd(network, images[i : i + 1], labels[i : i + 1]) for i in range(len(images))]).double()
-    engine = FusedEngine(network, layout, "abs")
-    found = torch.stack([engine.once(images, labels).saliency, engine.once(images.flip(0), labels.flip(0)).saliency.flip(0)]).double()
-    sound = _sound(truth)
-    if not sound.any():
-        return torch.inf, torch.inf
-    found, truth = found[:, sound], truth[sound]
-    least = NOTHING * truth.norm(dim=-1) + 1e-300
-    apart = lambda at: float(((found - truth)[..., at].norm(dim=-1) / torch.maximum(truth[:, at].norm(dim=-1), least)).nan_to_num(torch.inf).max())  # noqa: E731
-    return apart(slice(None)), max(map(apart, layout.slices.values()))
-
-
-def _by_autograd(network, images, labels) -> torch.Tensor:
-    """s̄ [1, F] of one image by plain reverse mode, for `objection`."""
-    weights = [p for p in network.parameters() if p.dim() == 4]
-    with _frozen(network), torch.enable_grad(), PlainLayouts():
-        for weight in weights:
-            weight.requires_grad_(True)
-        loss = cross_entropy(network(images.clone()).float(), labels).sum()
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-    return torch.cat([(torch.zeros_like(w) if g is None else g)[None].flatten(2).abs().mean(2) for w, g in zip(weights, gradients)], 1)
-
-
 @contextmanager
-def _exactly(device: str):
-    """No TF32 and no autocast inside, whatever the run's precision: a trial looks at what a network does, not at how it is rounded."""
-    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
-
-
-@contextmanager
-def _frozen(network: torch.nn.Module):
+def frozen(network: torch.nn.Module):
     """No parameter asks for a gradient inside; each asks as before afterwards."""
     asked = [(p, p.requires_grad) for p in network.parameters()]
     network.requires_grad_(False)
@@ -328,13 +260,13 @@ def takes_channels_last(network: torch.nn.Module, images: torch.Tensor, noise: b
             if is_memory(fault):
                 raise
             return False
-        sound = _sound(plain)
+        sound = sound_rows(plain)
         if not sound.any() and not noise:  # of what all images of a batch happen to be nothing may depend
             return takes_channels_last(network, torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images), noise=True)
         return bool(sound.any()) and torch.allclose(last[sound], plain[sound], rtol=0.05, atol=0.05 * float(plain[sound].abs().max()))
 
 
-def _sound(rows: torch.Tensor) -> torch.Tensor:
+def sound_rows(rows: torch.Tensor) -> torch.Tensor:
     """bool [B]: which rows are finite. A network may give NaN for an image that another has nothing to do with."""
     return rows.flatten(1).isfinite().all(1)
 

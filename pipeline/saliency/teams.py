@@ -1,7 +1,8 @@
 """A batch on a CPU in equal parts, each computed by a team of threads of its own.
 
 Threads that share a layer wait for each other at its end, hundreds of times a batch: a small network's layers are over before the next thread has woken, and where another process
-takes one core for a moment, all stand still. Teams that have samples of their own meet once a batch.
+takes one core for a moment, all stand still. Teams that have samples of their own meet once a batch, or, where the next batch is begun before this one is waited for, not even then: whoever is done
+goes on with the next part.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from types import BuiltinFunctionType, CellType, ClassMethodDescriptorType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, MethodType, WrapperDescriptorType
 
 import torch
@@ -35,7 +37,7 @@ KNOWN = ("torch.nn.", "torchvision.", "pipeline.cifar.")  # whose modules keep n
 
 
 class Teams:
-    """`teams(compute, images, labels)` is `compute(network, images, labels)`, tensors on the CPU with a row for each sample, always the same function.
+    """`teams(compute, images, labels)` is `compute(network, images, labels)`, tensors on the CPU with a row for each sample, always the same function; `begin` gives what waits for it.
 
     Teams share tensors, and each has modules of its own, which may keep in themselves what they like of a forward pass. Code that keeps it elsewhere (in a global, a buffer, what a hook
     has hold of) would mix the teams' samples, and no trial would be sure to show it: so a network has teams only where its modules are of torch, torchvision or this package, without
@@ -44,27 +46,42 @@ class Teams:
 
     def __init__(self, network: torch.nn.Module):
         self.network, self.alone = network, _held(network) is None
-        self.networks: list[torch.nn.Module] = []  # one a team
+        self.networks: list[torch.nn.Module] = []  # one a team, none of them the network itself, which is looked at while they compute
         self.held: tuple[list, list] = [], []  # by the network when they were copied
         self.pool: ThreadPoolExecutor | None = None
+        self.free: SimpleQueue[torch.nn.Module] | None = None  # those of the networks that no team computes with
 
     def __call__(self, compute: Compute, images: torch.Tensor, labels: torch.Tensor) -> Tensors:
+        return self.begin(compute, images, labels)()
+
+    def begin(self, compute: Compute, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], Tensors]:
+        """What gives the result, or raises, once all teams are done; where there are none, all is done already. Batches are computed in the order in which they are begun."""
         threads = torch.get_num_threads()
         teams = next((n for n in NUMBERS if threads % n == 0), 1)
         if teams == 1 or len(images) % teams or self.alone or any(EVERYWHERE) or not self._assembled(teams):
-            return compute(self.network, images, labels)
+            whole = compute(self.network, images, labels)
+            return lambda: whole
         autocast = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}  # a thread has its own
+        free = self.free
 
-        def part(*of: object) -> Tensors:
+        def part(*of: torch.Tensor) -> Tensors:
             if torch.get_num_threads() != threads // teams:
                 have_threads(threads // teams)
-            with torch.autocast("cpu", **autocast):
-                return compute(*of)
+            network = free.get()
+            try:
+                with torch.autocast("cpu", **autocast):
+                    return compute(network, *of)
+            finally:
+                free.put(network)
 
-        parts = [self.pool.submit(part, *of) for of in zip(self.networks, images.tensor_split(teams), labels.tensor_split(teams))]
-        wait(parts)
-        torch.set_num_threads(threads)  # with which any new thread begins
-        return tuple(map(torch.cat, zip(*(p.result() for p in parts))))
+        parts = [self.pool.submit(part, *of) for of in zip(images.tensor_split(teams), labels.tensor_split(teams))]
+
+        def result() -> Tensors:
+            wait(parts)
+            torch.set_num_threads(threads)  # with which any new thread begins
+            return tuple(map(torch.cat, zip(*(p.result() for p in parts))))
+
+        return result
 
     def _assembled(self, teams: int) -> bool:
         """Whether there are so many networks, as the network is now, and threads."""
@@ -74,16 +91,18 @@ class Teams:
         if len(self.networks) != teams or held[0] != self.held[0] or len(held[1]) != len(self.held[1]) or any(map(operator.is_not, held[1], self.held[1])):
             shared = {id(t): t for t in held[1] if isinstance(t, torch.Tensor)}
             try:
-                self.networks = [self.network, *(copy.deepcopy(self.network, dict(shared)) for _ in range(teams - 1))]
+                self.networks = [copy.deepcopy(self.network, dict(shared)) for _ in range(teams)]
             except Exception:  # modules hold what they like
                 self.alone = True
                 return False
-            self.held, self.pool = held, ThreadPoolExecutor(teams, "team")
+            self.held, self.pool, self.free = held, ThreadPoolExecutor(teams, "team"), SimpleQueue()
+            for network in self.networks:
+                self.free.put(network)
         return True
 
     def __getstate__(self) -> dict:
         """A copy assembles teams of its own."""
-        return vars(self) | {"networks": [], "held": ([], []), "pool": None}
+        return vars(self) | {"networks": [], "held": ([], []), "pool": None, "free": None}
 
 
 def _held(network: torch.nn.Module) -> tuple[list, list] | None:

@@ -6,6 +6,8 @@ network alone, never on the machine, since results are bit-equal only for equal 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.func import functional_call, grad_and_value, vmap
 
@@ -27,6 +29,11 @@ class VmapEngine:
         self.filters = layout.total
         fit = CHUNK_NUMBERS // sum(p.numel() for p in network.parameters() if p.dim() == 4)
         self.chunk = 2 ** (max(1, min(CHUNK, fit)).bit_length() - 1)
+
+    def begin(self, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], Saliency]:
+        """See `pipeline.saliency.Engine`: all is done when this returns."""
+        found = self(images, labels)
+        return lambda: found
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         frozen = {name: p.detach() for name, p in self.network.named_parameters()}
