@@ -123,7 +123,7 @@ def index(
         raise BadRequest(f"{printable(run)} has no data set yet: faultline extract makes one")
     reference = reference or ("val" if "val" in known else chosen[0])
     built = build(store, chosen, reference, subset, name or subset, stages())
-    say(f"{printable(built.folder)}: {sum(built.rows.values()):,} vectors ({', '.join(f'{d} {n:,}' for d, n in built.rows.items())}); {built.dead:,} filters are dead and count 0")
+    say(f"{printable(built.folder)}: {sum(built.rows.values()):,} vectors ({', '.join(f'{d} {n:,}' for d, n in built.rows.items())}); {built.dead:,} filter{' is' if built.dead == 1 else 's are'} dead and count{'s' * (built.dead == 1)} 0")
     if built.dead == store.manifest().layers.total:
         say(f"no filter tells the samples of {printable(reference)} apart, so that every similarity is 0: are these the network's weights, or are there too few samples?")
 

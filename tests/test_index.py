@@ -98,7 +98,7 @@ def test_filters_that_are_dead_count_nothing(copied):
         column = pa.FixedSizeListArray.from_arrays(pa.array(saliency.reshape(-1)), type=table.schema.field("saliency").type)
         pq.write_table(table.set_column(table.schema.get_field_index("saliency"), table.schema.field("saliency"), column), file)
     ended = build(copied, "--datasets", "val")
-    assert ended.code == 0 and "1 filters are dead" in ended.err
+    assert ended.code == 0 and "; 1 filter is dead and counts 0" in ended.err
     assert not contents(copied.run, "errors")[1][:, 5].any()
 
 
