@@ -46,7 +46,7 @@ Batch = list[Launched]
 
 
 class Profiler:
-    """A run's network on one device. One a process: it sets the process's threads and precision, as run.json says. Threads that profile a unit each take turns at the device: a unit's batches are begun one after the other."""
+    """A run's network on one device. One a process: it sets the process's threads and precision, as run.json says. The network is its own from here on: no parameter asks for a gradient. Threads that profile a unit each take turns at the device: a unit's batches are begun one after the other."""
 
     def __init__(self, manifest: Manifest, network: torch.nn.Module, device: str):
         prepare_process(manifest.threads, manifest.precision)
