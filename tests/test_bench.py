@@ -1,9 +1,13 @@
 """`faultline bench`: what is measured stands beside its floor from the same run, and what cannot be measured is told before anything is."""
 
+import subprocess
 import sys
 
+import psutil
 import pytest
 import tiny
+
+from jobs.bench import pipeline as line
 
 
 def bench(*more):
@@ -84,6 +88,18 @@ def test_a_line_of_too_few_units_has_no_rate():
     ended = tiny.call("bench", "pipeline", "--max-samples", 60, "--actors", "", "--format", "json")
     assert ended.code == 0 and "no rate of 1 engine from 1 unit, but from 2 on: more --max-samples" in ended.err
     assert not [row for row in ended.json if row["what"].startswith("whole line")]
+
+
+def test_nobody_begins_before_those_of_the_turn_before_are_at_rest(monkeypatch):
+    """Seen by what they take of a core, and not waited for without end."""
+    spin = "import time; end = time.process_time() + {}\nwhile time.process_time() < end: pass\ntime.sleep(60)"
+    for seconds, patience, at_rest in ((1.5, 60, True), (60, 1, False)):
+        monkeypatch.setattr(line, "PATIENCE", patience)
+        with subprocess.Popen([sys.executable, "-c", spin.format(seconds)]) as process:
+            line._rest()
+            spent = sum(psutil.Process(process.pid).cpu_times()[:2])
+            assert (spent > 1.4) == at_rest and process.poll() is None
+            process.kill()
 
 
 @pytest.mark.parametrize("words, message", [(("--source", "x.tar"), "--source and --model go together"), (("--weights", "x.pth"), "--weights and --preprocess are of a network that --model names"), (("--actors", "1,no"), "--actors: 'no' is no number"), (("--max-samples", "0"), "--max-samples: 0 is less than 1"), (("--rounds", "0"), "--rounds: 0 is less than 1")])

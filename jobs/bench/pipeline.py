@@ -1,15 +1,20 @@
 """`faultline bench pipeline`: real shards through the whole line, as a share of the engine's own rate; where the time goes; growth with engines.
 
 The engine's own rate is that of the same network, threads and batch on images that are decoded already. Stages are timed one after the other in
-one process, so that their sum is the work of an image, whoever does it. The transfer of pixels to the device is a part of the engine's, and told beside it. Rates drift on a shared machine: rounds interleave them, and medians are compared.
+one process, so that their sum is the work of an image, whoever does it. The transfer of pixels to the device is a part of the engine's, and told beside it. Rates drift on a shared machine: rounds interleave them, each round
+begins with another, and medians are compared. Nobody begins before those who had the turn before are at rest: Ray's processes take a quarter of a core for some seconds after their line is done.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+
+import psutil
 
 from jobs import cluster, digits
 from jobs.bench.measure import Measure, now
@@ -22,6 +27,7 @@ from pipeline.sources import reader
 from pipeline.store import Store
 from pipeline.units import interval_of, plan
 
+AT_REST, PATIENCE = 0.1, 30  # CPU seconds a second; seconds
 UNITS = 2  # of each engine at least, of which the first does not count
 
 
@@ -46,11 +52,15 @@ def bench_pipeline(source: str | None, model: str | None, weights: str | None, p
         lines |= {f"with {count} engine{'s' * (count != 1)} on Ray": replace(settings, actors=(count, count), address="local") for count in dict.fromkeys(engines)}
         stages: list[dict[str, float]] = []
         rates: dict[str, list[float]] = {name: [] for name in lines}
+        order = [None, *lines]  # None: the stages
         for turn in range(rounds):
-            stages.append(_stages(Store(settings.run), device))
-            for number, (name, line) in enumerate(lines.items()):
-                say(f"round {turn + 1} of {rounds}: the line {name}")
-                rates[name] += _rate(replace(line, run=Path(folder) / f"{turn}-{number}"))
+            for number, name in enumerate(order[turn % len(order) :] + order[: turn % len(order)]):
+                _rest()
+                say(f"round {turn + 1} of {rounds}: " + (f"the line {name}" if name else "the stages"))
+                if name:
+                    rates[name] += _rate(replace(lines[name], run=Path(folder) / f"{turn}-{number}"))
+                else:
+                    stages.append(_stages(Store(settings.run), device))
     return _measures({stage: statistics.median(taken[stage] for taken in stages) for stage in stages[0]}, {name: statistics.median(found) for name, found in rates.items() if found})
 
 
@@ -69,6 +79,24 @@ def _number(word: str) -> int:
     if not word.strip().isdigit() or not int(word):
         raise BadRequest(f"--actors: '{printable(word)}' is no number of engines; give for example 1,2,4")
     return int(word)
+
+
+def _rest() -> None:
+    """Returns once the processes that this one has started take less than `AT_REST` of a core, or after `PATIENCE` seconds."""
+    for _ in range(PATIENCE):
+        before = _spent()
+        time.sleep(1)
+        if sum(spent - before.get(process, 0) for process, spent in _spent().items()) < AT_REST:
+            return
+
+
+def _spent() -> dict[psutil.Process, float]:
+    """CPU seconds of every process that this one, or one of those, has started."""
+    spent = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            spent[process] = sum(process.cpu_times()[:2])
+    return spent
 
 
 def _stages(store: Store, device: str) -> dict[str, float]:
