@@ -1,6 +1,5 @@
 """A unit's rows: right, in order, bit-equal however the shard was cut; and a sample that fails takes no other with it."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,17 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import MANIFEST
 
-from pipeline import models
-from pipeline.census import Census
-from pipeline.errors import BadRequest
 from pipeline.filters import FilterLayout
 from pipeline.profiler import Profiler
 from pipeline.saliency import Saliency
 from pipeline.samples import Preprocessing, Sample, decode
-from pipeline.sources import RawSample, open_source
-from pipeline.store import Store, profiles_schema, saliency_of
-from pipeline.units import Unit
-from pipeline.worker import DECODED, Decoder, UnitWriter
+from pipeline.sources import RawSample
+from pipeline.store import profiles_schema, saliency_of
 
 RECIPE = Preprocessing(resize=None, crop=None)
 
@@ -150,6 +144,23 @@ def test_sample_that_fails_is_set_aside_alone(ahead):
     assert table["sample_id"].to_pylist() == ["00", "02", "04", "08", "10"]
     good = table_rows(picky().profile(with_corners(samples_of(11), [100] * 11), "a.tar", 0)[0])
     assert table_rows(table) == {name: good[name] for name in table["sample_id"].to_pylist()}
+
+
+def test_the_next_batch_is_begun_before_this_one_is_waited_for():
+    """With a network that is the profiler's own: no team would compute meanwhile for one whose parameters ask for a gradient."""
+    network = Picky().eval()
+    profiler = Profiler(replace(MANIFEST, layers=FilterLayout.of(network), preprocessing=RECIPE, classes=zoo.CLASSES, batch_size=4), network, "cpu")
+    engine, seen = profiler.engine, []
+
+    class Watched:
+        def begin(self, images, labels):
+            seen.append("begun")
+            wait = engine.begin(images, labels)
+            return lambda: (seen.append("waited"), wait())[1]
+
+    profiler.engine = Watched()
+    profiler.profile(with_corners(samples_of(11), [100] * 11), "a.tar", 0)
+    assert seen == ["begun", "begun", "waited", "begun", "waited", "waited"] and not any(p.requires_grad for p in network.parameters())
 
 
 @AHEAD
@@ -272,71 +283,3 @@ def test_images_of_several_sizes_share_a_unit():
 def test_unit_without_a_good_sample_has_tables_all_the_same():
     table, rejects = picky().profile([Sample("a", reason="empty")], "a.tar", 0)
     assert table.num_rows == 0 and table.schema == profiles_schema(4) and rejects.to_pylist() == [{"sample_id": "a", "shard": "a.tar", "reason": "empty"}]
-
-
-# ---- from shard to file --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A run directory as an extraction leaves it, and a shard whose name is no UTF-8, with a broken image and a label too large."""
-    (tmp_path / "my_net.py").write_text("import torch\ndef make():\n    torch.manual_seed(0)\n    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    network = models.build("my_net:make")
-    shards.write_tar(
-        tmp_path / "data" / "sh\udcffard.tar",
-        [("a.jpg", shards.photo(1)), ("a.cls", b"3"), ("b.jpg", b"broken"), ("b.cls", b"0"), ("c.jpg", shards.photo(2)), ("c.cls", b"4"), ("d.jpg", shards.photo(3)), ("d.cls", b"0")],
-    )
-    run = tmp_path / "run"
-    replace(MANIFEST, model="my_net:make", layers=FilterLayout.of(network), preprocessing=RECIPE, classes=4, batch_size=2, import_root=str(tmp_path)).write(run)
-    models.save_weights(network, run / "weights.safetensors")
-    source, names = open_source(str(tmp_path / "data"))
-    Store(run).write_census("val", Census("", source.kind, source.root, tuple(source.census(name) for name in names), None))
-    yield run
-    sys.modules.pop("my_net", None)
-
-
-def test_unit_goes_from_shard_to_file(run):
-    """Decoded in one place, written in another; the receipt counts; the unit is done and needs not be done again."""
-    store = Store(run)
-    census = store.census("val")
-    unit, = store.todo("val", 16)
-    decoded = Decoder(census.kind, census.root, RECIPE, 4)(Unit.from_json(unit.to_json()))
-    assert decoded.schema == DECODED and decoded.num_rows == 4
-    receipt = UnitWriter(run, "cpu")(decoded)
-    assert (receipt.stem, receipt.samples, receipt.rejects, receipt.fault) == (unit.stem, 4, 2, "") and store.todo("val", 16) == []
-    assert store.profiles("val").to_table()["sample_id"].to_pylist() == ["a", "d"]
-    file = store.files("val")[0].stat()
-    assert UnitWriter(run, "cpu")(decoded).fault == "" and store.files("val")[0].stat() == file, "what is committed is not computed again"
-    assert store.rejects("val").to_pylist() == [
-        {"sample_id": "b", "shard": "sh\\xffard.tar", "reason": "not an image in a format that is known here"},
-        {"sample_id": "c", "shard": "sh\\xffard.tar", "reason": "label 4 is outside the network's classes 0..3"},
-    ]
-
-
-def test_unit_that_cannot_be_read_or_written_says_why(run, monkeypatch):
-    """As the receipt's fault, with nothing committed: an actor that raises would be restarted for ever."""
-    store, writer = Store(run), UnitWriter(run, "cpu")
-    census = store.census("val")
-    unit, = store.todo("val", 16)
-    decoder = Decoder(census.kind, census.root, RECIPE, 4)
-    decoded = decoder(unit)
-    shard = next((run.parent / "data").iterdir())
-    content = shard.read_bytes()
-    for damage, reason in ((content[:600], "sh.udcffard.tar"), (b"", "sh.udcffard.tar"), (None, "No such file")):
-        shard.unlink()
-        if damage is not None:
-            shard.write_bytes(damage)
-        receipt = writer(decoder(unit))
-        assert receipt.fault and "\n" not in receipt.fault and receipt.samples == 4 and receipt.rejects == 0
-        assert reason.replace(".udcff", "\\udcff") in receipt.fault
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert writer(decoded).fault.endswith("cannot be written: No space left on device")
-    writer.profiler.engine = Played(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried to")))
-    assert writer(decoded).fault.endswith("OutOfMemoryError: CUDA out of memory.")
-    assert store.committed("val") == [] and not list(run.glob("profiles/val/*"))
-
-
-def test_run_that_is_no_run_cannot_be_restored(tmp_path):
-    with pytest.raises(BadRequest, match="there is no run at"):
-        Profiler.restore(tmp_path, "cpu")

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
-from types import BuiltinFunctionType, CellType, ClassMethodDescriptorType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, MethodType, WrapperDescriptorType
+from types import BuiltinFunctionType, CellType, ClassMethodDescriptorType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, MethodType, ModuleType, WrapperDescriptorType
 
 import torch
 
@@ -78,7 +78,7 @@ class Teams:
 
         def result() -> Tensors:
             wait(parts)
-            torch.set_num_threads(threads)  # with which any new thread begins
+            torch.set_num_threads(torch.get_num_threads())  # with which any new thread begins
             return tuple(map(torch.cat, zip(*(p.result() for p in parts))))
 
         return result
@@ -138,14 +138,14 @@ def _held(network: torch.nn.Module) -> tuple[list, list] | None:
             if not _is_ours(one) or not _is_written_by_torch(one):
                 return None
         elif isinstance(one, BuiltinFunctionType):
-            if not f"{one.__module__}.".startswith("torch."):
+            if not _is_torchs_builtin(one):
                 return None
         elif isinstance(one, MethodType):
             reached.extend((one.__func__, one.__self__))
         elif isinstance(one, type):
             if not _is_ours(one) and one.__module__ != "builtins":
                 return None
-        elif _is_ours(kind):
+        elif _is_ours(kind) and all(map(_is_as_written, kind.__mro__)):
             held = getattr(one, "__dict__", {})
             reached.extend((len(held), *held, *held.values()))
         else:
@@ -159,7 +159,7 @@ def _is_as_written(kind: type) -> bool:
 
 
 def _is_torchs_attribute(value: object) -> bool:
-    value = getattr(value, "__func__", value)  # of a class or static method
+    value = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
     if isinstance(value, property):
         return all(part is None or isinstance(part, FunctionType) and _is_written_by_torch(part) for part in (value.fget, value.fset, value.fdel))
     if isinstance(value, FunctionType):
@@ -167,14 +167,20 @@ def _is_torchs_attribute(value: object) -> bool:
     if isinstance(value, type):
         return f"{value.__module__}.".startswith(("builtins.", *WRITTEN))
     does = callable(value) or hasattr(type(value), "__get__")
-    return not does or isinstance(value, INNATE) or f"{type(value).__module__}.".startswith("torch.") and not isinstance(value, torch.nn.Module)
+    return not does or (_is_torchs_builtin(value) if isinstance(value, BuiltinFunctionType) else isinstance(value, INNATE)) or f"{type(value).__module__}.".startswith("torch.") and not isinstance(value, torch.nn.Module)
 
 
 def _is_written_by_torch(function: FunctionType) -> bool:
-    """Where it was written, whatever name it goes by, and those that it wraps."""
+    """Where it was written, whatever name it goes by, and whatever it wraps that can be called."""
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != EMPTY]
-    inner = [one for cell in cells for one in (cell if isinstance(cell, (list, tuple)) else [cell]) if isinstance(one, FunctionType)]
-    return f"{function.__globals__.get('__name__')}.".startswith(WRITTEN) and all(map(_is_written_by_torch, inner))
+    inner = [one for cell in cells for one in (cell if isinstance(cell, (list, tuple)) else [cell]) if callable(one)]
+    return f"{function.__globals__.get('__name__')}.".startswith(WRITTEN) and all(map(_is_torchs_attribute, inner))
+
+
+def _is_torchs_builtin(function: BuiltinFunctionType) -> bool:
+    """Of a module or a class of theirs, and not of an object, or of somebody's class (as `apply` of an autograd.Function is)."""
+    of = function.__self__
+    return f"{function.__module__ or getattr(of, '__module__', None)}.".startswith(("torch.", "builtins.")) and (of is None or isinstance(of, (type, ModuleType)) and _is_torchs_attribute(of))
 
 
 def _is_ours(one: object) -> bool:
