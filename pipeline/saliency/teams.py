@@ -28,7 +28,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 TORCHS_OWN = frozenset(vars(torch.nn.Module())) - {"training", "_parameters", "_buffers"}  # what every module has, and torch looks after
 CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
 PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
-INNATE = (BuiltinFunctionType, ClassMethodDescriptorType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType)  # what a class has that is not written in Python
+INNATE = (ClassMethodDescriptorType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType)  # what a class has that is not written in Python
 EMPTY = CellType()
 WRITTEN = ("torch.", "torchvision.", "pipeline.cifar.")
 PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.memory_format))
@@ -167,7 +167,7 @@ def _is_torchs_attribute(value: object) -> bool:
     if isinstance(value, type):
         return f"{value.__module__}.".startswith(("builtins.", *WRITTEN))
     does = callable(value) or hasattr(type(value), "__get__")
-    return not does or (_is_torchs_builtin(value) if isinstance(value, BuiltinFunctionType) else isinstance(value, INNATE)) or f"{type(value).__module__}.".startswith("torch.") and not isinstance(value, torch.nn.Module)
+    return not does or isinstance(value, INNATE) or isinstance(value, BuiltinFunctionType) and _is_torchs_builtin(value) or f"{type(value).__module__}.".startswith("torch.") and not isinstance(value, torch.nn.Module)
 
 
 def _is_written_by_torch(function: FunctionType) -> bool:
