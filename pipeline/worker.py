@@ -142,8 +142,8 @@ def _pack(unit: Unit, samples: list[Sample], fault: str) -> pa.Table:
 
 def _unpack(decoded: pa.Table) -> list[Sample]:
     samples = []
-    for row in range(decoded.num_rows):
-        sample_id, label, height, width, thumbnail, reason = (decoded[c][row].as_py() for c in ("sample_id", "label", "height", "width", "thumbnail", "reason"))
+    columns = (decoded[c].to_pylist() for c in ("sample_id", "label", "height", "width", "thumbnail", "reason"))
+    for row, (sample_id, label, height, width, thumbnail, reason) in enumerate(zip(*columns)):
         pixels = None if reason else np.frombuffer(decoded["pixels"][row].as_buffer(), np.uint8).reshape(height, width, 3)
         samples.append(Sample(sample_id, label, pixels, thumbnail, reason))
     return samples

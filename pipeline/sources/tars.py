@@ -16,8 +16,9 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from pipeline.errors import BadRequest, printable
 from pipeline.sources.files import MOST_BYTES  # a few kilobytes of gzip can stand for any number of them
@@ -45,6 +46,7 @@ def is_gzip(name: str) -> bool:
     return not name.lower().endswith(".tar")
 
 
+@lru_cache(16)  # of one member it is asked several times
 def key_of(path: str) -> tuple[str, str]:
     """(key, extension in lower case) of a member: `a/b.c/img.01.JPG` -> (`a/b.c/img`, `01.jpg`).
 
@@ -138,7 +140,7 @@ class Walk:
         for member in self.tar:
             self.tar.members.clear()  # tarfile keeps every header it has seen
             self.file.left = MOST_HEADER
-            if member.size < 0 or not _fits(member.sparse or [], member.size):
+            if member.size < 0 or member.sparse and not _fits(member.sparse, member.size):
                 raise tarfile.ReadError(f"a member of {member.size} bytes at byte {member.offset}" + " whose map of holes is none" * bool(member.sparse))
             said = self.tar.pax_headers
             if len(said) > MOST_SAID or sum(map(len, (*said, *said.values()))) > MOST_SAID << 10:
@@ -157,11 +159,21 @@ class Walk:
             wanted = number >= self.hold_from and member.size <= MOST_BYTES and self.holds(member.name) or member.size <= MOST_LABEL and self.labels(member.name)
             if member.isfile() and wanted:
                 self.file.left = MOST_BYTES
-                group.contents[member.offset] = self.tar.extractfile(member).read()
+                group.contents[member.offset] = self._content(member)
                 self.file.left = MOST_HEADER
             member.sparse = None
         if group.key:
             yield group
+
+    def _content(self, member: tarfile.TarInfo) -> bytes:
+        """What a regular member holds. Raises ReadError where the archive ends before it does."""
+        if member.sparse is not None:
+            return self.tar.extractfile(member).read()
+        self.file.seek(member.offset_data)
+        content = self.file.read(member.size)
+        if len(content) < member.size:
+            raise tarfile.ReadError("unexpected end of data")
+        return content
 
     def check_end(self) -> None:
         """Raises ReadError unless the archive ended with tar's own end mark, a block of zeros (tarfile stops as quietly where a transfer was
@@ -331,10 +343,6 @@ def _park(path: str, handle: object, walk: Walk) -> None:
 def first_files(path: str, most: int = 32) -> list[str]:
     """Names of the first regular, visible files of a tar; fewer where it cannot be read on (the census will say so)."""
     found: list[str] = []
-    with suppress(*FAULTS):
-        walk = Walk(path, lambda member: member.name if member.isfile() and key_of(member.name)[0] else "", none)
-        try:
-            found.extend(group.key for _, group in zip(range(most), walk))
-        finally:
-            walk.close()
+    with suppress(*FAULTS), closing(Walk(path, lambda member: member.name if member.isfile() and key_of(member.name)[0] else "", none)) as walk:
+        found.extend(group.key for _, group in zip(range(most), walk))
     return found
