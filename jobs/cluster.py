@@ -37,7 +37,7 @@ SMALL = 4096  # samples: up to here a cluster costs more than it gives, unless o
 DECODE_CPUS = 0.5  # that a decode task reserves
 PATIENCE = "FAULTLINE_PATIENCE"  # seconds without a finished unit, once there was one, after which the workers are believed to hang
 SLOWEST = 20  # and never fewer than so many times the longest pause so far
-GPU_UNITS = 2  # that an engine has at a time: one is written, and the next unpacked, while the GPU computes the other
+UNITS = 2  # that an engine has at a time: one is written, and the next sent and unpacked, while it computes the other
 ENGINE_THREADS = 4  # most threads of a CPU engine; beyond, more actors give more
 
 
@@ -125,7 +125,7 @@ def _here(decoder: Decode, write: Callable[[pa.Table], Receipt], at: At, units: 
 
 
 def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device: str, actors: tuple[int, int] | None, overlaps: bool, units: list[Unit], attempts: int) -> Iterator[Receipt]:
-    """Receipts of `units` from Ray Data. Each engine has one at a time, on a GPU `GPU_UNITS`. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
+    """Receipts of `units` from Ray Data. An engine on a GPU has `UNITS` at a time, and so has one that is alone; of several on CPUs each has one. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
 
     Raises Stopped if no worker can be started at all, Hung if none comes back for long.
     """
@@ -135,10 +135,10 @@ def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device:
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     least, most = actors or (max(1, gpus if device == "cuda" else cpus // max(ENGINE_THREADS, threads)),) * 2
     most = min(most, len(units))
-    each = GPU_UNITS if device == "cuda" else 1
+    each = UNITS if device == "cuda" or most == 1 else 1
     pool = ActorPoolStrategy(
         min_size=min(least, most), max_size=most, max_tasks_in_flight_per_actor=each, max_concurrent_calls_per_actor=each if overlaps else 1, enable_true_multi_threading=True
-    )  # on a CPU none waits behind another: at the end of a job it would wait there for the slowest engine, while others are done
+    )  # of several on CPUs none waits behind another: at the end of a job it would wait there for the slowest engine, while others are done
     largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
     where = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": cpus_of_an_engine(min(threads, largest), most, cpus)}
 

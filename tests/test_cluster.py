@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -24,7 +25,7 @@ from pipeline.samples import Preprocessing
 from pipeline.sources import open_source
 from pipeline.store import Store
 from pipeline.units import Unit
-from pipeline.worker import Decoder, UnitWriter
+from pipeline.worker import Decoder, Receipt, UnitWriter
 from shards import write_shard
 import tiny
 
@@ -217,6 +218,33 @@ def test_units_go_through_a_pool_of_gpu_actors_one_receipt_each(tmp_path, two_gp
     assert not any(r.fault for r in receipts)
     assert store.progress("val").done == 3 * UNITS
     assert sorted(note.read_text() for note in run.glob("gpu-*")) == ["cuda 0", "cuda 1"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("engines, overlaps, together", [(1, True, 2), (1, False, 1), (2, True, 1)])
+def test_an_engine_that_is_alone_has_its_next_unit_at_hand(tmp_path, two_gpus, engines, overlaps, together):
+    """It does not wait while the last one is written and told of. Of several engines none has two units: at the end others would have none."""
+    units = [Unit("val", f"{i}.tar", 0, 3, (), "") for i in range(UNITS)]
+
+    def decode(unit):
+        import pyarrow as pa
+
+        return pa.table({"unit": [unit.to_json()]})
+
+    def make_writer():
+        def write(decoded):
+            unit = Unit.from_json(decoded["unit"][0].as_py())
+            begun = time.time()
+            time.sleep(0.5)
+            (tmp_path / unit.stem).write_text(json.dumps([os.getpid(), begun, time.time()]))
+            return Receipt(unit.stem, 3, 0, 0.5, "")
+
+        return write
+
+    with cluster.workers(decode, make_writer, 1, "cpu", "local", (engines, engines), 3 * UNITS, overlaps=overlaps) as stream:
+        assert sorted(receipt.stem for receipt in stream(units, 3)) == sorted(unit.stem for unit in units)
+    noted = [json.loads((tmp_path / unit.stem).read_text()) for unit in units]
+    assert max(sum(other == process and begins <= begun < ends for other, begins, ends in noted) for process, begun, _ in noted) == together
 
 
 @pytest.mark.processes
