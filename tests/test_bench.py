@@ -80,7 +80,17 @@ def test_the_line_is_measured_beside_the_engine_and_stage_by_stage():
     stages = [rows[f"{stage}, of one image"] for stage in ("read", "decode", "engine", "write")]
     assert sum(row["ratio"] for row in stages) == pytest.approx(1) and all(row["value"] > 0 for row in stages)
     assert rows["transfer, of one image"]["floor"] == stages[2]["value"] > rows["transfer, of one image"]["value"] > 0, "a part of the engine's"
-    assert rows["whole line in one process"]["floor"] == rows["engine"]["value"] == pytest.approx(1000 / stages[2]["value"])
+    assert rows["engine"]["value"] == pytest.approx(1000 / stages[2]["value"])
+    assert rows["whole line in one process"]["floor"] > 0 and ended.err.count("the stages\n") == 3, "before and after each line"
+
+
+def test_a_line_is_compared_with_the_engine_of_its_own_minutes():
+    """A machine that was twice as fast for a round, the line and its engine alike, changes no ratio."""
+    stages = {"read": 1.0, "decode": 2.0, "transfer": 0.5, "engine": 5.0, "write": 2.0}
+    *_, engine, one, two = line._measures(stages, {"in one process": [(90, 100), (180, 200), (80, 100)], "with 1 engine on Ray": [(100, 100)]})
+    assert engine.value == 200
+    assert (one.what, one.value, one.floor, one.ratio) == ("whole line in one process", 90, 100, 0.9)
+    assert (two.what, two.ratio) == ("whole line with 1 engine on Ray", 1.0)
 
 
 def test_a_line_of_too_few_units_has_no_rate():

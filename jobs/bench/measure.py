@@ -15,7 +15,7 @@ from jobs.progress import say
 @dataclass(frozen=True)
 class Measure:
     """what: was measured; value: the median, in `unit`; floor: of `beside`, in the same unit and the same run, where there is one;
-    ratio: value / floor."""
+    ratio: value / floor; where each round has a floor of its own, the median of theirs."""
 
     what: str
     value: float

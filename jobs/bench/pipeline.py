@@ -1,8 +1,8 @@
 """`faultline bench pipeline`: real shards through the whole line, as a share of the engine's own rate; where the time goes; growth with engines.
 
 The engine's own rate is that of the same network, threads and batch on images that are decoded already. Stages are timed one after the other in
-one process, so that their sum is the work of an image, whoever does it. The transfer of pixels to the device is a part of the engine's, and told beside it. Rates drift on a shared machine: rounds interleave them, each round
-begins with another, and medians are compared. Nobody begins before those who had the turn before are at rest: Ray's processes take a quarter of a core for some seconds after their line is done.
+one process, so that their sum is the work of an image, whoever does it. The transfer of pixels to the device is a part of the engine's, and told beside it. Rates drift on a shared machine, by a fifth within minutes: each line
+stands between two turns of the stages, is compared with the engine of these two, and of the ratios the median is told. Nobody begins before those who had the turn before are at rest: Ray's processes take a quarter of a core for some seconds after their line is done.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UNITS = 2  # of each engine at least, of which the first does not count
 
 
 def bench_pipeline(source: str | None, model: str | None, weights: str | None, preprocess: str | None, max_samples: int, device: str | None, actors: str, rounds: int) -> list[Measure]:
-    """Medians over rounds in which stages, the line in one process and the line on Ray have their turn each. Raises BadRequest for what cannot be measured."""
+    """Medians over rounds in which the line in one process and the lines on Ray have their turn each, the stages before and after each of them. Raises BadRequest for what cannot be measured."""
     if (source is None) != (model is None):
         raise BadRequest("--source and --model go together; without both, the demo's digits are measured")
     if source is None and (weights or preprocess):
@@ -50,29 +50,32 @@ def bench_pipeline(source: str | None, model: str | None, weights: str | None, p
         extract(settings)
         lines = {"in one process": replace(settings, actors=None)}
         lines |= {f"with {count} engine{'s' * (count != 1)} on Ray": replace(settings, actors=(count, count), address="local") for count in dict.fromkeys(engines)}
-        stages: list[dict[str, float]] = []
-        rates: dict[str, list[float]] = {name: [] for name in lines}
-        order = [None, *lines]  # None: the stages
+        stages = [_stages_at_rest(settings.run, device)]
+        pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in lines}  # (images a second of a line, of the engine alone before and after it)
         for turn in range(rounds):
-            for number, name in enumerate(order[turn % len(order) :] + order[: turn % len(order)]):
+            order = list(lines)[turn % len(lines) :] + list(lines)[: turn % len(lines)]
+            for number, name in enumerate(order):
                 _rest()
-                say(f"round {turn + 1} of {rounds}: " + (f"the line {name}" if name else "the stages"))
-                if name:
-                    rates[name] += _rate(replace(lines[name], run=Path(folder) / f"{turn}-{number}"))
-                else:
-                    stages.append(_stages(Store(settings.run), device))
-    return _measures({stage: statistics.median(taken[stage] for taken in stages) for stage in stages[0]}, {name: statistics.median(found) for name, found in rates.items() if found})
+                say(f"round {turn + 1} of {rounds}: the line {name}")
+                rate = _rate(replace(lines[name], run=Path(folder) / f"{turn}-{number}"))
+                stages.append(_stages_at_rest(settings.run, device))
+                if rate:
+                    pairs[name].append((rate, statistics.mean(1000 / taken["engine"] for taken in stages[-2:])))
+    return _measures({stage: statistics.median(taken[stage] for taken in stages) for stage in stages[0]}, {name: found for name, found in pairs.items() if found})
 
 
-def _measures(stages: dict[str, float], rates: dict[str, float]) -> list[Measure]:
-    """stages: milliseconds of an image in each; rates: images a second of whole lines."""
+def _measures(stages: dict[str, float], pairs: dict[str, list[tuple[float, float]]]) -> list[Measure]:
+    """stages: milliseconds of an image in each; pairs: images a second of a whole line and of the engine beside it, one pair a round."""
     total = sum(spent for stage, spent in stages.items() if stage != "transfer")  # which is a part of the engine's
     found = []
     for stage, spent in stages.items():
         beside = ("the engine, whose part it is", stages["engine"]) if stage == "transfer" else ("all stages", total)
         found.append(Measure.over(f"{stage}, of one image", spent, "ms", *beside))
-    alone = 1000 / stages["engine"]
-    return [*found, Measure("engine", alone, "images/s"), *(Measure.over(f"whole line {name}", rate, "images/s", "the engine alone", alone) for name, rate in rates.items())]
+    found.append(Measure("engine", 1000 / stages["engine"], "images/s"))
+    for name, pair in pairs.items():
+        rate, alone = map(statistics.median, zip(*pair))
+        found.append(Measure(f"whole line {name}", rate, "images/s", "the engine alone, before and after", alone, statistics.median(line / engine for line, engine in pair)))
+    return found
 
 
 def _number(word: str) -> int:
@@ -97,6 +100,12 @@ def _spent() -> dict[psutil.Process, float]:
         with suppress(psutil.Error):
             spent[process] = sum(process.cpu_times()[:2])
     return spent
+
+
+def _stages_at_rest(run: Path, device: str) -> dict[str, float]:
+    _rest()
+    say("the stages")
+    return _stages(Store(run), device)
 
 
 def _stages(store: Store, device: str) -> dict[str, float]:
@@ -136,12 +145,12 @@ def _transfer(profiler: Profiler, samples: list[Sample]) -> None:
         profiler.transfer(dict(enumerate(alike[first : first + profiler.most])))
 
 
-def _rate(settings: Settings) -> list[float]:
-    """Images a second of an extraction once every engine has committed a unit, so that starting counts for nothing; none where too few are left: two that are committed at once would seem to take no time."""
+def _rate(settings: Settings) -> float | None:
+    """Images a second of an extraction once every engine has committed a unit, so that starting counts for nothing; None where too few are left: two that are committed at once would seem to take no time."""
     extract(settings)
     stamps = sorted((f.stat().st_mtime, interval_of(f.stem)[2] - interval_of(f.stem)[1]) for f in Store(settings.run).files("val"))
     first = settings.actors[1] if settings.actors else 1
     if len(stamps) < UNITS * first:
         say(f"no rate of {first} engine{'s' * (first != 1)} from {len(stamps)} unit{'s' * (len(stamps) != 1)}, but from {UNITS * first} on: more --max-samples")
-        return []
-    return [sum(images for _, images in stamps[first:]) / max(stamps[-1][0] - stamps[first - 1][0], 1e-9)]
+        return None
+    return sum(images for _, images in stamps[first:]) / max(stamps[-1][0] - stamps[first - 1][0], 1e-9)
