@@ -112,7 +112,7 @@ def test_nobody_begins_before_those_of_the_turn_before_are_at_rest(monkeypatch):
             process.kill()
 
 
-@pytest.mark.parametrize("words, message", [(("--source", "x.tar"), "--source and --model go together"), (("--weights", "x.pth"), "--weights and --preprocess are of a network that --model names"), (("--actors", "1,no"), "--actors: 'no' is no number"), (("--max-samples", "0"), "--max-samples: 0 is less than 1"), (("--rounds", "0"), "--rounds: 0 is less than 1")])
+@pytest.mark.parametrize("words, message", [(("--source", "x.tar"), "--source and --model go together"), (("--weights", "x.pth"), "--weights and --preprocess are of a network that --model names"), (("--actors", "1,no"), "--actors: 'no' is no number"), (("--max-samples", "0"), "--max-samples: 0 is less than 1"), (("--max-samples", "4097"), "--max-samples: 4,097 is more than the 4,096 that go through a line in one process"), (("--rounds", "0"), "--rounds: 0 is less than 1")])
 def test_a_line_that_cannot_be_measured_is_refused(words, message):
     assert message in tiny.call("bench", "pipeline", *words).refused()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,8 @@ def bench_pipeline(source: str | None, model: str | None, weights: str | None, p
     for value, option in ((max_samples, "--max-samples"), (rounds, "--rounds")):
         if value < 1:
             raise BadRequest(f"{option}: {value} is less than 1")
+    if max_samples > cluster.SMALL:
+        raise BadRequest(f"--max-samples: {max_samples:,} is more than the {cluster.SMALL:,} that go through a line in one process")
     engines = [_number(word) for word in actors.split(",") if word.strip()]
     device = cluster.device_for(device, "local")
     with tempfile.TemporaryDirectory(prefix="faultline-bench-") as folder:
@@ -50,18 +53,20 @@ def bench_pipeline(source: str | None, model: str | None, weights: str | None, p
         extract(settings)
         lines = {"in one process": replace(settings, actors=None)}
         lines |= {f"with {count} engine{'s' * (count != 1)} on Ray": replace(settings, actors=(count, count), address="local") for count in dict.fromkeys(engines)}
+        units = len(Store(settings.run).files("val"))
+        lines = {name: line for name, line in lines.items() if _is_long_enough(line, units)}
         stages = [_stages_at_rest(settings.run, device)]
         pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in lines}  # (images a second of a line, of the engine alone before and after it)
+        order = deque(lines)
         for turn in range(rounds):
-            order = list(lines)[turn % len(lines) :] + list(lines)[: turn % len(lines)]
             for number, name in enumerate(order):
                 _rest()
                 say(f"round {turn + 1} of {rounds}: the line {name}")
                 rate = _rate(replace(lines[name], run=Path(folder) / f"{turn}-{number}"))
                 stages.append(_stages_at_rest(settings.run, device))
-                if rate:
-                    pairs[name].append((rate, statistics.mean(1000 / taken["engine"] for taken in stages[-2:])))
-    return _measures({stage: statistics.median(taken[stage] for taken in stages) for stage in stages[0]}, {name: found for name, found in pairs.items() if found})
+                pairs[name].append((rate, statistics.mean(1000 / taken["engine"] for taken in stages[-2:])))
+            order.rotate(-1)
+    return _measures({stage: statistics.median(taken[stage] for taken in stages) for stage in stages[0]}, pairs)
 
 
 def _measures(stages: dict[str, float], pairs: dict[str, list[tuple[float, float]]]) -> list[Measure]:
@@ -145,12 +150,21 @@ def _transfer(profiler: Profiler, samples: list[Sample]) -> None:
         profiler.transfer(dict(enumerate(alike[first : first + profiler.most])))
 
 
-def _rate(settings: Settings) -> float | None:
-    """Images a second of an extraction once every engine has committed a unit, so that starting counts for nothing; None where too few are left: two that are committed at once would seem to take no time."""
-    extract(settings)
-    stamps = sorted((f.stat().st_mtime, interval_of(f.stem)[2] - interval_of(f.stem)[1]) for f in Store(settings.run).files("val"))
-    first = settings.actors[1] if settings.actors else 1
-    if len(stamps) < UNITS * first:
-        say(f"no rate of {first} engine{'s' * (first != 1)} from {len(stamps)} unit{'s' * (len(stamps) != 1)}, but from {UNITS * first} on: more --max-samples")
-        return None
+def _is_long_enough(line: Settings, units: int) -> bool:
+    """Whether so many units give it a rate: two that are committed at once would seem to take no time."""
+    engines = _engines(line)
+    if units < UNITS * engines:
+        say(f"no rate of {engines} engine{'s' * (engines != 1)} from {units} unit{'s' * (units != 1)}, but from {UNITS * engines} on: more --max-samples")
+    return units >= UNITS * engines
+
+
+def _engines(line: Settings) -> int:
+    return line.actors[1] if line.actors else 1
+
+
+def _rate(line: Settings) -> float:
+    """Images a second of an extraction once every engine has committed a unit, so that starting counts for nothing."""
+    extract(line)
+    stamps = sorted((f.stat().st_mtime, interval_of(f.stem)[2] - interval_of(f.stem)[1]) for f in Store(line.run).files("val"))
+    first = _engines(line)
     return sum(images for _, images in stamps[first:]) / max(stamps[-1][0] - stamps[first - 1][0], 1e-9)
