@@ -107,7 +107,7 @@ def in_this_process(address: str | None, actors: tuple[int, int] | None, samples
 def workers(decoder: Decode, make_writer: MakeWriter, threads: int, device: str, address: str | None, actors: tuple[int, int] | None, samples: int, at: At = nullcontext, overlaps: bool = False) -> Iterator[Stream]:
     """Workers for about `samples` samples, engines of `threads` threads: this process, or Ray's.
 
-    at: entered with the stem of each unit that this process works on. overlaps: whether a writer may be called for a second unit while it is at the first, as on a GPU it is then.
+    at: entered with the stem of each unit that this process works on. overlaps: whether a writer may be called for a second unit while it is at the first, in another thread, as it is then on a GPU, or where it is the only one.
     """
     if in_this_process(address, actors, samples):
         yield Stream(partial(_here, decoder, make_writer(), at), "starting in this process (small work; --address local starts Ray)")
@@ -125,7 +125,7 @@ def _here(decoder: Decode, write: Callable[[pa.Table], Receipt], at: At, units: 
 
 
 def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device: str, actors: tuple[int, int] | None, overlaps: bool, units: list[Unit], attempts: int) -> Iterator[Receipt]:
-    """Receipts of `units` from Ray Data. An engine on a GPU has `UNITS` at a time, and so has one that is alone; of several on CPUs each has one. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
+    """Receipts of `units` from Ray Data. An engine on a GPU has `UNITS` at a time, and so has one that is alone and can overlap them; any other has one. A unit that kills its worker `attempts` times gives none; neither does an error of Ray's own.
 
     Raises Stopped if no worker can be started at all, Hung if none comes back for long.
     """
@@ -135,7 +135,7 @@ def _stream(ray, decoder: Decode, make_writer: MakeWriter, threads: int, device:
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     least, most = actors or (max(1, gpus if device == "cuda" else cpus // max(ENGINE_THREADS, threads)),) * 2
     most = min(most, len(units))
-    each = UNITS if device == "cuda" or most == 1 else 1
+    each = UNITS if device == "cuda" or overlaps and most == 1 else 1
     pool = ActorPoolStrategy(
         min_size=min(least, most), max_size=most, max_tasks_in_flight_per_actor=each, max_concurrent_calls_per_actor=each if overlaps else 1, enable_true_multi_threading=True
     )  # of several on CPUs none waits behind another: at the end of a job it would wait there for the slowest engine, while others are done

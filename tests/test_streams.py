@@ -59,6 +59,13 @@ def test_a_network_that_closes_stdout_closes_only_its_own(mine):
     assert Store(mine.run).progress("val").done == 60
 
 
+@pytest.mark.processes
+def test_a_network_of_somebody_works_in_the_thread_that_made_it(mine):
+    """It may want it, for signals or for what it keeps for a thread; an engine that is alone on Ray could have others."""
+    ended = tiny.process("extract", "--run", mine.run, "--dataset", "val", "--source", mine.sources / "val", "--model", "tiny:bound", "--force", "--actors", 1)
+    assert ended.code == 0 and Store(mine.run).progress("val").done == 60, ended.err
+
+
 @pytest.mark.parametrize("words", [["query", "val:00001"], ["status", "--format", "json"]])
 def test_results_that_find_no_room_are_said_to_be_lost(small, words):
     done = subprocess.run(["/bin/bash", "-c", 'exec "$@" >/dev/full', "bash", tiny.COMMAND, *words, "--run", str(small.run)], capture_output=True, text=True, env=tiny.surroundings(), timeout=60)

@@ -12,7 +12,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
+from threading import Thread, local
 from time import sleep
 from unittest import mock
 
@@ -106,6 +106,22 @@ def shouting() -> nn.Module:
     """From a thread that goes on when the network is done, too."""
     Thread(target=lambda: [print("threaded", flush=True) or sleep(0.005) for _ in range(1500)], daemon=True).start()
     return Broken(loud)
+
+
+class Bound(Net):
+    """Works in the thread that made it, and in no other: it keeps something there."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["own"] = local()
+        self.own.scale = 1.0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images * self.own.scale)
+
+
+def bound() -> nn.Module:
+    return Bound()
 
 
 def slamming() -> nn.Module:
