@@ -207,9 +207,11 @@ class _Writer:
 
     def __init__(self, make_writer: MakeWriter):
         settle()  # on another machine, before torch comes
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, servers.TOLD)  # Ray's servers are deaf to them, and what a network starts would inherit it
         self.write = make_writer()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, servers.TOLD)  # in this thread too
         with pa.ipc.open_stream(batch["decoded"][0].as_buffer()) as stream:
             decoded = stream.read_all()
         try:

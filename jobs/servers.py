@@ -35,6 +35,7 @@ ROOM = 32 << 20  # bytes without which Ray does not start there
 LOOK = 0.1  # seconds between two looks at them while they start
 FAMILY = 2.0  # seconds between two looks at what Ray has started here
 GOODBYE = 10.0  # seconds that a cluster has to take leave of this process
+TOLD = {signal.SIGTERM, signal.SIGHUP}  # signals by which schedulers and terminals tell all processes of a job to stop; Ray itself sees to SIGINT
 
 family: set[psutil.Process] = set()  # what Ray has started here, as far as it was seen
 leaving = False  # whether this process does without Ray from now on, whose servers may end
@@ -85,7 +86,7 @@ def _start_here(ray) -> None:
     _look_at_place()
     for left in reversed(range(STARTS)):
         try:
-            with _muted() as terminal, own_sigterm(), _watched_start(terminal):
+            with _muted() as terminal, own_sigterm(), _watched_start(terminal), _deaf():
                 ray.init(address="local", include_dashboard=False, **QUIET)
             return
         except Exception as fault:
@@ -249,6 +250,16 @@ def own_sigterm() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """What is started inside never hears those signals: where they reach all of a job's processes, its servers would be gone before this one has taken leave. This one hears them, by its other threads."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TOLD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

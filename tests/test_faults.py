@@ -15,6 +15,7 @@ import pytest
 from harmful import rejects, rows, write_networks
 from jobs import digits
 from jobs.chaos.processes import Job, ending, finished, running, strangers
+from jobs.servers import SERVERS
 from shards import write_tar
 
 pytestmark = pytest.mark.processes
@@ -147,10 +148,18 @@ def test_an_interrupted_job_ends_soon_and_in_one_line(story, number):
 
 
 def test_who_stops_a_job_twice_does_not_wait_for_it(folder, story):
-    """The second signal ends it where it is, in one line and with the same exit code; what is committed stays."""
+    """The second signal ends it where it is, in one line and with the same exit code; what is committed stays. Of a group that is told, Ray's servers may be told first: that they are told ends nothing."""
     run = folder / "twice"
     with running(folder, "extract", "--run", run, "--dataset", "val", "--source", folder / "small", "--model", "networks:Slow", "--weights", folder / "digits/weights.safetensors", "--address", "local", env={"NAP": str(NAP)}) as job:
         job.until(lambda: len(committed(run)) >= 1)
+        servers = [p for p in job.family() if p.name() in SERVERS]
+        assert len(servers) == 2
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            for server in servers:
+                server.send_signal(number)
+        time.sleep(1)
+        before = len(committed(run))
+        job.until(lambda: len(committed(run)) > before)
         for number in (signal.SIGINT, signal.SIGTERM):
             os.killpg(job.process.pid, number)
         assert job.wait(5) == 4, job.stderr()
