@@ -51,10 +51,12 @@ def start(address: str | None):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
+    import ray._private.utils
     import ray._private.worker
     import ray.data
 
     ray._private.worker.print_to_stdstream = lambda *_, **__: None  # what raylets have to say of dead workers goes to stdout, whatever is asked; here it is seen by what is missing
+    ray._private.utils.set_sigterm_handler = lambda _: None  # Ray's own ends this process with 1 or 15, in the midst of its start
     warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)  # bounded retries have no other spelling in this Ray
     warnings.filterwarnings("ignore", module=r"ray\.data\.")
     logging.getLogger("ray").setLevel(logging.CRITICAL)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from dataclasses import dataclass
@@ -167,6 +169,26 @@ def test_who_stops_a_job_twice_does_not_wait_for_it(folder, story):
         assert said and all(line.startswith("faultline: stopped") and line.endswith("what is done is kept, and the same command resumes") for line in said)
         assert strangers(job.stderr(), "val") == [] and [title for title in job.left_over(60) if "Agent" not in title] == []
     assert committed(run)
+
+
+AS_RAY_STARTS = """
+import os, signal, sys
+from ray._private.node import Node
+from jobs.cli import main
+
+theirs = Node.start_head_processes
+Node.start_head_processes = lambda node: (theirs(node), os.kill(os.getpid(), signal.SIGTERM))
+sys.argv[0] = "faultline"
+main()
+"""
+
+
+def test_a_job_that_is_told_to_stop_while_ray_starts_stops_in_its_own_words(folder, story):
+    """Ray has put its own answer to SIGTERM there by then, which would end the process with an exit code of its own."""
+    words = ["extract", "--run", folder / "early", "--dataset", "val", "--source", folder / "small", "--model", "networks:Slow", "--weights", folder / "digits/weights.safetensors", "--address", "local"]
+    r = subprocess.run([sys.executable, "-c", AS_RAY_STARTS, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert r.returncode == 4, r.stderr
+    assert ending(r.stderr).strip() == "faultline: stopped; what is done is kept, and the same command resumes"
 
 
 def test_nothing_on_stderr_is_rays(story):
