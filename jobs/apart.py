@@ -59,5 +59,6 @@ def _answer() -> None:
         answer = False, fault
     except Exception:
         answer = False, traceback.format_exc()
-    out.write(pickle.dumps(answer))
-    out.close()
+    with suppress(BrokenPipeError):  # nobody is left to hear it
+        out.write(pickle.dumps(answer))
+        out.close()

@@ -1,7 +1,9 @@
 """A function in a process of its own: its answer, its faults, and its death, as the caller sees them."""
 
 import os
+import pickle
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -83,3 +85,12 @@ def test_a_gpu_that_fails_is_a_death(functions):
 def test_an_end_without_an_answer_is_a_death(functions):
     with pytest.raises(Died, match="^exit code 7$"):
         apart(functions.gone)
+
+
+def test_who_is_left_alone_says_nothing():
+    """The process that asked has been killed: what it started ends without a traceback on its terminal."""
+    child = subprocess.Popen([sys.executable, "-c", "from jobs.apart import _answer; _answer()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    child.stdin.write(pickle.dumps((max, (1, 2))))
+    child.stdin.close()
+    assert child.stderr.read() == b"" and child.wait(60) == 0

@@ -44,6 +44,18 @@ def test_real_images(data, engine, model, weights, shard, count, bound):
     assert (got.logits.argmax(1) == labels).float().mean() >= 0.5
 
 
+@pytest.mark.parametrize("size", [2, 4, 10, 32])
+def test_batches_of_another_size_give_the_same(data, size):
+    """To 1e-5, every sample of 320: from two images on torch computes an image the same way, whichever team has it."""
+    prepare_process(2, "fp32")
+    classifier = models.load("resnet20", str(data / "cifar10/resnet20.safetensors"), None)
+    images, labels = batch(data, "cifar10/val-00003.tar", 320, classifier)
+    engine = make_engine("fused", classifier.network, "abs")
+    whole = engine(images, labels).saliency.double()
+    parts = torch.cat([engine(*of).saliency for of in zip(images.split(size), labels.split(size))]).double()
+    assert ((parts - whole).norm(dim=1) / whole.norm(dim=1)).max() < 1e-5
+
+
 @pytest.mark.parametrize("key", ["truck_0452", "automobile_0416", "truck_0651"])
 def test_the_engine_does_not_depend_on_which_image_comes_first(data, key):
     """On these a float32 ReLU of resnet56 decides otherwise in one right engine than in the other."""

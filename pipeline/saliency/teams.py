@@ -24,6 +24,7 @@ from pipeline.saliency.threads import have_threads
 Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Tensors]
 NUMBERS = (2, 3)  # of teams: few, since Python runs in one of them at a time
+LEAST = 2  # samples of a team: torch has another kernel for a small image that is alone, which rounds otherwise, enough to take a ReLU to the other side of its kink
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TORCHS_OWN = frozenset(vars(torch.nn.Module())) - {"training", "_parameters", "_buffers"}  # what every module has, and torch looks after
 CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
@@ -58,7 +59,7 @@ class Teams:
         """What gives the result, or raises, once all teams are done; where there are none, all is done already. Batches are computed in the order in which they are begun."""
         threads = torch.get_num_threads()
         teams = next((n for n in NUMBERS if threads % n == 0), 1)
-        if teams == 1 or len(images) % teams or self.alone or any(EVERYWHERE) or not self._assembled(teams):
+        if teams == 1 or len(images) % teams or len(images) < LEAST * teams or self.alone or any(EVERYWHERE) or not self._assembled(teams):
             whole = compute(self.network, images, labels)
             return lambda: whole
         autocast = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}  # a thread has its own
