@@ -44,15 +44,15 @@ def test_real_images(data, engine, model, weights, shard, count, bound):
     assert (got.logits.argmax(1) == labels).float().mean() >= 0.5
 
 
-@pytest.mark.parametrize("size", [2, 4, 10, 32])
-def test_batches_of_another_size_give_the_same(data, size):
-    """To 1e-5, every sample of 320: from two images on torch computes an image the same way, whichever team has it."""
+@pytest.mark.parametrize("engine, size", [*(("fused", size) for size in (1, 2, 3, 4, 10, 32)), ("vmap", 1)])
+def test_batches_of_another_size_give_the_same(data, engine, size):
+    """To 1e-5, every sample of 320: an image that is alone is computed as torch computes several, whichever team has it."""
     prepare_process(2, "fp32")
     classifier = models.load("resnet20", str(data / "cifar10/resnet20.safetensors"), None)
     images, labels = batch(data, "cifar10/val-00003.tar", 320, classifier)
-    engine = make_engine("fused", classifier.network, "abs")
-    whole = engine(images, labels).saliency.double()
-    parts = torch.cat([engine(*of).saliency for of in zip(images.split(size), labels.split(size))]).double()
+    made = make_engine(engine, classifier.network, "abs")
+    whole = made(images, labels).saliency.double()
+    parts = torch.cat([made(*of).saliency for of in zip(images.split(size), labels.split(size))]).double()
     assert ((parts - whole).norm(dim=1) / whole.norm(dim=1)).max() < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Keeps a sample's numbers free of its place in the batch, where torch's arithmetic on a CPU does not.
+"""Keeps a sample's numbers free of its place in the batch, and of whether it has a batch at all, where torch's arithmetic on a CPU does not.
 
 A matrix product takes some rows together and the rest one by one, and rows that begin at odd addresses another way than others. A sigmoid takes sixteen numbers at once and the rest by
 another formula. The last bits of a sample then depend on where it lies. They do not where all comes in the numbers that vectors have, so it is filled up to them. A 1 x 1 convolution is such
@@ -18,7 +18,8 @@ IN_PLACE = {torch.sigmoid_: torch.sigmoid, torch.Tensor.sigmoid_: torch.sigmoid,
 ONEDNN = torch.backends.mkldnn.is_available()
 NONE = (0, (0,), (0, 0), [0], [0, 0], "valid")  # ways to say no padding
 NUMBERS = 4  # that a row's length is a multiple of
-ROWS = 8  # a product's rows are a multiple of it, or 1, 2 or 4
+ROWS = 8  # that a product's rows are a multiple of
+LEAST = 2  # images that torch computes as it does any larger number of them
 VECTOR = 64  # numbers that a curve takes at once, at most
 GRAIN = 2**15  # numbers that torch gives a thread, at least
 GELUS_GRAIN = 2**14  # above which gelu has all threads
@@ -59,10 +60,16 @@ class Places(TorchFunctionMode):
         return F.linear(rows, weight, bias)[:number, :outs].reshape(*input.shape[:-1], outs).clone(memory_format=torch.contiguous_format)  # no view, which could not be changed in place everywhere
 
 
+def in_company(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same batch, but for an image that is alone on a CPU: that comes twice. torch has another kernel for a small one, which rounds otherwise, enough to take a ReLU to the other side of its kink."""
+    if len(images) != 1 or images.device.type != "cpu":
+        return images, labels
+    return torch.cat([images] * LEAST), torch.cat([labels] * LEAST)
+
+
 def padded_rows(number: int, samples: int = 1) -> int:
-    """The least number of rows, of each of `samples` (a power of two), that is this or more, so that all of them are 1, 2, 4 or a multiple of ROWS."""
-    total = number * samples
-    unit = max(1, (total if total <= 2 else 4 if total <= 4 else ROWS) // samples)
+    """The least number of rows, of each of `samples` (a power of two), that is this or more, so that all of them are a multiple of ROWS."""
+    unit = max(1, ROWS // samples)
     return -(-number // unit) * unit
 
 
