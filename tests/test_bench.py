@@ -24,6 +24,14 @@ def test_every_contender_has_its_row():
     assert all(rows[engine]["relative_error"] < 1e-4 for engine in ("fused", "vmap")) and rows["step"]["relative_error"] is None
 
 
+def test_who_is_far_behind_has_three_turns():
+    """Its ratio is to the step of those."""
+    ended = bench("--models", "resnet20", "--batch-size", 16, "--rounds", 5, "--engines", "fused,loop")
+    rounds = [line.partition(", ")[2] for line in ended.err.splitlines() if "resnet20: round" in line]
+    assert [("loop" in r, "fused" in r) for r in rounds] == [(True, True)] * 3 + [(False, True)] * 2
+    assert ended.json[2]["engine"] == "loop" and ended.json[2]["ratio_to_step"] > 2
+
+
 def test_the_memory_of_a_step_has_its_gradients_in_it():
     """A batch of one needs little else: AlexNet has 61 million weights, and its filter saliency needs no gradient of them."""
     step, fused = (row["peak_bytes"] for row in bench("--models", "alexnet", "--batch-size", 1, "--engines", "fused").json)

@@ -1,6 +1,6 @@
 """`faultline bench engine`: what filter saliency costs beside one plain training step of the same network, batch, device and precision.
 
-Every contender takes its turn in every round of one process, so that whatever else the machine does meets them all; medians are compared.
+Every contender takes its turn in every round of one process, so that whatever else the machine does meets them all; medians are compared. Who is far behind after a few rounds drops out, and is compared with the step of those.
 The floor, `step`, is one batched forward and backward with the gradients of all parameters, its maps channels-last as the engine's where the network takes them so. Advantages that the engine takes and no
 training step has are given to it one by one: `step-folded`, BatchNorms folded into convolutions, and `step-teams`, the batch in parts that are computed side by side. `step-plain` has maps as they come.
 `loop` is one image at a time, as the authors' code does it, and has the faster of both layouts, as `vmap` and the peers do (`peers.py`). What is not among the first is asked for by name.
@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -41,6 +41,8 @@ STEPS = ("step", "step-folded", "step-teams", "step-plain")
 ASKED = ("step-teams", "step-plain", "fused-unfolded", *PEERS)  # for by name alone
 CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)  # of vmap, of which the fastest is taken
 SAME = 0.05  # |s̄ - s̄| / |s̄| of the two layouts of a peer, of which one may be misread
+SURE = 3  # rounds of those that take FAR times as long as the step, or longer: more would take an hour and change nothing
+FAR = 2.0
 WITNESSES = 2  # images that the error is measured on
 
 Contender = Callable[[torch.Tensor, torch.Tensor], object]
@@ -104,7 +106,7 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
                 say(f"{name}: {c} cannot do it ({printable((str(fault).splitlines() or [type(fault).__name__])[0])[:160]})")
         seconds: dict[str, list[float]] = {c: [] for c in chosen}
         for turn in range(rounds):
-            order = list(chosen)
+            order = [c for c in chosen if turn < SURE or len(seconds[c]) == turn and median(seconds[c]) < FAR * median(seconds["step"])]
             for c in order[turn % len(order) :] + order[: turn % len(order)]:
                 start = now(device)
                 chosen[c](images, labels)
@@ -112,8 +114,7 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
             say(f"{name}: round {turn + 1} of {rounds}, " + ", ".join(f"{c} {len(images) / seconds[c][-1]:,.1f}/s" for c in order))
         found = {c: chosen[c](images, labels)[:WITNESSES] for c in chosen if c not in STEPS}
     errors = _errors(network, images[:WITNESSES], labels[:WITNESSES], found)
-    middle = {c: statistics.median(times) for c, times in seconds.items()}
-    return [Row(name, c, device, precision, len(images), len(images) / middle[c], middle[c] / middle["step"], peaks[c], errors.get(c)) for c in chosen]
+    return [Row(name, c, device, precision, len(images), len(images) / median(seconds[c]), median(seconds[c]) / median(seconds["step"][: len(seconds[c])]), peaks[c], errors.get(c)) for c in chosen]
 
 
 def built(name: str) -> torch.nn.Module:
