@@ -19,12 +19,12 @@ from types import BuiltinFunctionType, CellType, ClassMethodDescriptorType, Func
 
 import torch
 
-from pipeline.saliency.places import LEAST
 from pipeline.saliency.threads import have_threads
 
 Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], Tensors]
 NUMBERS = (2, 3)  # of teams: few, since Python runs in one of them at a time
+LEAST = 2  # samples of a team: torch has another kernel for a small image that is alone, which rounds otherwise, enough to take a ReLU to the other side of its kink
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TORCHS_OWN = frozenset(vars(torch.nn.Module())) - {"training", "_parameters", "_buffers"}  # what every module has, and torch looks after
 CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
