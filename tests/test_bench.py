@@ -25,7 +25,7 @@ def test_every_contender_has_its_row():
 
 
 def test_who_is_far_behind_has_three_turns():
-    """Its ratio is to the step of those."""
+    """And who is not has all of them."""
     ended = bench("--models", "resnet20", "--batch-size", 16, "--rounds", 5, "--engines", "fused,loop")
     rounds = [line.partition(", ")[2] for line in ended.err.splitlines() if "resnet20: round" in line]
     assert [("loop" in r, "fused" in r) for r in rounds] == [(True, True)] * 3 + [(False, True)] * 2

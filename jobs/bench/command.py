@@ -20,7 +20,7 @@ def engine(
     batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: that of a run.")] = None,
     device: Device = None,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "fp32",
-    rounds: Annotated[int, typer.Option(help="Turns that each takes, 3 at most where it takes twice as long as the step; medians are compared.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Turns that each takes; who has taken twice as long as the step in 3 or more takes no more. Medians are compared, each to the step's of the same rounds.")] = 5,
     format: Record = "table",
 ) -> None:
     """What filter saliency costs beside one plain training step of the same network."""

@@ -1,6 +1,6 @@
 """`faultline bench engine`: what filter saliency costs beside one plain training step of the same network, batch, device and precision.
 
-Every contender takes its turn in every round of one process, so that whatever else the machine does meets them all; medians are compared. Who is far behind after a few rounds drops out, and is compared with the step of those.
+Every contender takes its turn in every round of one process, so that whatever else the machine does meets them all; medians are compared. Who has taken FAR times as long as the step drops out after SURE rounds or a later one, and is compared with the step of its own rounds.
 The floor, `step`, is one batched forward and backward with the gradients of all parameters, its maps channels-last as the engine's where the network takes them so. Advantages that the engine takes and no
 training step has are given to it one by one: `step-folded`, BatchNorms folded into convolutions, and `step-teams`, the batch in parts that are computed side by side. `step-plain` has maps as they come.
 `loop` is one image at a time, as the authors' code does it, and has the faster of both layouts, as `vmap` and the peers do (`peers.py`). What is not among the first is asked for by name.
@@ -41,7 +41,7 @@ STEPS = ("step", "step-folded", "step-teams", "step-plain")
 ASKED = ("step-teams", "step-plain", "fused-unfolded", *PEERS)  # for by name alone
 CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)  # of vmap, of which the fastest is taken
 SAME = 0.05  # |s̄ - s̄| / |s̄| of the two layouts of a peer, of which one may be misread
-SURE = 3  # rounds of those that take FAR times as long as the step, or longer: more would take an hour and change nothing
+SURE = 3  # rounds of those that take FAR times as long as the step: more would take an hour and change nothing
 FAR = 2.0
 WITNESSES = 2  # images that the error is measured on
 
@@ -50,7 +50,7 @@ Contender = Callable[[torch.Tensor, torch.Tensor], object]
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one network. ratio_to_step: its median time to the step's; peak_bytes: of memory above what was held before, of one batch, gradients included,
+    """One contender on one network. images_per_s: by its median time; ratio_to_step: that time to the step's of the same rounds, so that the quotient of two rates is another where one dropped out; peak_bytes: of memory above what was held before, of one batch, gradients included,
     None where it cannot be told; relative_error: the largest over a few images of s̄ against float64, None where there is no s̄."""
 
     model: str
