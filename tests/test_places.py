@@ -137,7 +137,7 @@ def test_networks_with_curves_on_few_numbers(name):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("engine", ["fused", "vmap"])
-@pytest.mark.parametrize("name", ["resnet20", "squeezenet1_1", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["resnet20", "squeezenet1_1", "mobilenet_v3_small", "densenet121"])
 def test_the_size_of_a_batch_changes_no_bit(name, engine, threads):
     """Not even where an image is alone, for which torch has other kernels. (Of three images two threads share each layer, and oneDNN then rounds otherwise.)"""
     torch.set_num_threads(threads)
