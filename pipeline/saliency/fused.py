@@ -27,7 +27,7 @@ from pipeline.saliency import Saliency, is_memory, kernels
 from pipeline.saliency.folding import CONVOLUTIONS, NORMS, Fold, Norm, folds, leaves, looks_only
 from pipeline.saliency.layouts import PlainLayouts
 from pipeline.saliency.loss import cross_entropy
-from pipeline.saliency.places import ONEDNN, Places, in_company, is_lone
+from pipeline.saliency.places import ONEDNN, Places, in_company
 from pipeline.saliency.products import filter_saliency, is_channels_last, is_product, layout_of
 from pipeline.saliency.replays import Replays
 from pipeline.saliency.teams import Teams
@@ -68,9 +68,11 @@ class FusedEngine:
         if not len(images) or images.is_cuda or any(p.requires_grad for p in self.network.parameters()):
             found = self(images, labels)
             return lambda: found
+        size = len(images)
+        images, labels = in_company(images, labels)
         self._prepare(images)
         result = self.teams.begin(self._computed, images, labels)
-        return lambda: Saliency(*result())
+        return lambda: Saliency(*(t[:size] for t in result()))
 
     def once(self, images: torch.Tensor, labels: torch.Tensor) -> Saliency:
         """The same as one batch that is never recorded: for those that will not come again."""
@@ -233,9 +235,8 @@ class _Convolution(torch.autograd.Function):
         ctx.sink.parts[ctx.layer] += found * fold.scale if fold else found
         below = None
         if ctx.needs_input_grad[0]:
-            same = input.to(gradient.dtype)
-            above, same = (in_company(gradient), in_company(same)) if is_lone(input, groups) else (gradient, same)
-            below = torch.ops.aten.convolution_backward(above, same, weight.to(gradient.dtype), None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))[0][: len(input)].to(input.dtype)
+            same = (t.to(gradient.dtype) for t in (input, weight))
+            below = torch.ops.aten.convolution_backward(gradient, *same, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))[0].to(input.dtype)
         return below, *(None,) * 8
 
 

@@ -15,20 +15,20 @@ NORMS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
 
 
 class PlainLayouts(TorchFunctionMode):
-    """While it is entered, input and output gradient of such a norm are laid out plainly, [B, C, H, W] in this order; its output lies as its input did. Values are the same."""
+    """While it is entered, input and output gradient of such a norm are laid out plainly, [B, C, H, W] in this order. Values are the same."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in NORMS:
             return func(*args, **kwargs)
-        given = args[0] if args else kwargs["input"]
-        plain = _plain(given)
-        result = func(plain, *args[1:], **{name: value for name, value in kwargs.items() if name != "input"})
+        if args:
+            args = (_plain(args[0]), *args[1:])
+        else:
+            kwargs = kwargs | {"input": _plain(kwargs["input"])}
+        result = func(*args, **kwargs)
         if result.requires_grad:
             result.register_hook(_plain)
-        if plain is given or not given.is_contiguous(memory_format=torch.channels_last):
-            return result
-        return result.contiguous(memory_format=torch.channels_last)  # so that what follows has the maps of a lone image as it has those of several
+        return result
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

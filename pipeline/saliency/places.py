@@ -1,4 +1,4 @@
-"""Keeps a sample's numbers free of its place in the batch, and of whether it has a batch at all, where torch's arithmetic on a CPU does not.
+"""Keeps a sample's numbers free of its place in the batch, and of how many share it, where torch's arithmetic on a CPU does not.
 
 A matrix product takes some rows together and the rest one by one, and rows that begin at odd addresses another way than others. A sigmoid takes sixteen numbers at once and the rest by
 another formula. The last bits of a sample then depend on where it lies. They do not where all comes in the numbers that vectors have, so it is filled up to them. A 1 x 1 convolution is such
@@ -19,7 +19,7 @@ ONEDNN = torch.backends.mkldnn.is_available()
 NONE = (0, (0,), (0, 0), [0], [0, 0], "valid")  # ways to say no padding
 NUMBERS = 4  # that a row's length is a multiple of
 ROWS = 8  # that a product's rows are a multiple of
-SMALL = 20480  # numbers of a lone image's maps, above which a convolution takes oneDNN's way
+EVEN = 2  # that a batch's images are a multiple of
 VECTOR = 64  # numbers that a curve takes at once, at most
 GRAIN = 2**15  # numbers that torch gives a thread, at least
 GELUS_GRAIN = 2**14  # above which gelu has all threads
@@ -40,7 +40,7 @@ class Places(TorchFunctionMode):
         if func is F.linear:
             return self._linear(*args, **kwargs)
         if func is F.conv2d:
-            return self._convolution(*args, **kwargs)
+            return _convolution(*args, **kwargs)
         if func in IN_PLACE and args and args[0].device.type == "cpu" and args[0].is_floating_point():
             return _curve(IN_PLACE[func], *args, **kwargs, inplace=True)
         return _curve(func, *args, **kwargs) if func in CURVES else func(*args, **kwargs)
@@ -59,28 +59,25 @@ class Places(TorchFunctionMode):
             rows = F.pad(rows, (0, more_ins, 0, more))
         return F.linear(rows, weight, bias)[:number, :outs].reshape(*input.shape[:-1], outs).clone(memory_format=torch.contiguous_format)  # no view, which could not be changed in place everywhere
 
-    def _convolution(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        if ONEDNN and input.device.type == "cpu" and set(weight.shape[2:]) == {1} and padding in NONE:
-            dilation = 2  # which a kernel of one weight has not; but torch takes oneDNN's way for it, even in one thread
-        if is_lone(input, groups, self.samples):
-            return F.conv2d(in_company(input), weight, bias, stride, padding, dilation, groups)[:1].clone()  # a view could not be changed in place
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
-
-def is_lone(input: torch.Tensor, groups: int, samples: int = 1) -> bool:
-    """Whether these maps are of one image that is so small that torch's convolution has another kernel for it than for two: one that rounds otherwise, enough to take a ReLU to the other side of its kink."""
-    return ONEDNN and input.dim() == 4 and samples * input.shape[0] == 1 == groups and input.numel() <= SMALL and input.device.type == "cpu"
-
-
-def in_company(maps: torch.Tensor) -> torch.Tensor:
-    """The maps [2, C, H, W] of a lone image, twice, laid out as they were."""
-    return torch.cat([maps, maps])
+def in_company(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same batch, on a CPU filled up to an even number by its last image: torch has another kernel for a small one that is alone, and of an odd number two threads share one. Either rounds otherwise, enough to take a ReLU to the other side of its kink."""
+    more = 0 if images.is_cuda else -len(images) % EVEN
+    if not more:
+        return images, labels
+    return tuple(torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) for t in (images, labels))
 
 
 def padded_rows(number: int, samples: int = 1) -> int:
     """The least number of rows, of each of `samples` (a power of two), that is this or more, so that all of them are a multiple of ROWS."""
     unit = max(1, ROWS // samples)
     return -(-number // unit) * unit
+
+
+def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if ONEDNN and input.device.type == "cpu" and set(weight.shape[2:]) == {1} and padding in NONE:
+        dilation = 2  # which a kernel of one weight has not; but torch takes oneDNN's way for it, even in one thread
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _curve(func, input, *args, inplace=False, **kwargs):
