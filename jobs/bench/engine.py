@@ -106,7 +106,7 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
                 say(f"{name}: {c} cannot do it ({printable((str(fault).splitlines() or [type(fault).__name__])[0])[:160]})")
         seconds: dict[str, list[float]] = {c: [] for c in chosen}
         for turn in range(rounds):
-            order = [c for c in chosen if turn < SURE or len(seconds[c]) == turn and median(seconds[c]) < FAR * median(seconds["step"])]
+            order = contending(seconds)
             for c in order[turn % len(order) :] + order[: turn % len(order)]:
                 start = now(device)
                 chosen[c](images, labels)
@@ -115,6 +115,12 @@ def _network(name: str, network: torch.nn.Module, batch_size: int | None, device
         found = {c: chosen[c](images, labels)[:WITNESSES] for c in chosen if c not in STEPS}
     errors = _errors(network, images[:WITNESSES], labels[:WITNESSES], found)
     return [Row(name, c, device, precision, len(images), len(images) / median(seconds[c]), median(seconds[c]) / median(seconds["step"][: len(seconds[c])]), peaks[c], errors.get(c)) for c in chosen]
+
+
+def contending(seconds: dict[str, list[float]]) -> list[str]:
+    """Who takes part in the next round, by the seconds that each took in the rounds before it: the step always, who once dropped out no more."""
+    rounds = len(seconds["step"])
+    return [c for c, taken in seconds.items() if c == "step" or rounds < SURE or len(taken) == rounds and median(taken) < FAR * median(seconds["step"])]
 
 
 def built(name: str) -> torch.nn.Module:
