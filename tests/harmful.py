@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from shards import encoded, picture, write_tar
 
 NETWORKS = '''
-import contextlib, glob, os, signal, time
+import contextlib, glob, os, signal, threading, time
 import torch
 from torch import nn
 from jobs.digits import DigitsNet
@@ -23,13 +23,16 @@ class Slow(DigitsNet):
         return super().forward(x)
 
 class Touchy(nn.Module):
-    """Kills its process at an image whose first pixel is pure red; raises at one whose first pixel is pure green."""
+    """Kills its process at an image whose first pixel is pure red; raises at one whose first pixel is pure green, and at any in another thread than the one that made it."""
     preprocessing = Preprocessing(resize=None, crop=None, mean=(0, 0, 0), std=(1, 1, 1))
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+        self.thread = threading.get_ident()
     def forward(self, x):
+        if threading.get_ident() != self.thread:
+            raise RuntimeError("it keeps to its thread")
         time.sleep(float(os.environ.get("NAP", 0)))
         red, green, blue = x[:, :, 0, 0].T
         if ((red == 1) & (green == 0) & (blue == 0)).any():
