@@ -81,6 +81,7 @@ class Asked:
 def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
     """Try the network on a few of the images that were seen, and choose what was left open. Raises BadRequest if it cannot take them."""
     from pipeline.saliency import check_network, choose_engine, keeps_to_its_thread, try_engine
+    from pipeline.saliency.places import filled_up
 
     layers = FilterLayout.of(classifier.network)
     trials = trial_images(seen, classifier)
@@ -92,11 +93,15 @@ def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
     try_engine(engine, classifier.network, images)
     say(f"engine: {engine} ({reason}); {layers.total:,} filters in {len(layers.layers)} layer{'s' * (len(layers.layers) != 1)}, {classes} classes")
     own = ":" in asked.model  # somebody's own code
+    threads = cluster.threads_of_an_engine()
+    batch_size = asked.batch_size or default_batch(asked.device, images.shape[-2] * images.shape[-1], threads)
+    if engine == "fused" and asked.device == "cpu" and (whole := filled_up(batch_size, threads)) > batch_size:
+        say(f"check: batches of {batch_size} are filled up to {whole}, so that each of {threads} thread{'s' * (threads != 1)} has as many images and none is alone: --batch-size {whole} costs no more")
     names = classifier.class_names if classifier.class_names and len(classifier.class_names) == classes else None
     return Manifest(
         model=asked.model, weights_sha256=classifier.weights_sha256, layers=layers, preprocessing=classifier.preprocessing, aggregation=asked.aggregation,
-        precision=asked.precision or "fp32", engine=engine, batch_size=asked.batch_size or default_batch(asked.device, images.shape[-2] * images.shape[-1]), threads=cluster.threads_of_an_engine(),
-        unit_samples=MOST if asked.device == "cuda" else MOST // 4, classes=classes, class_names=names, import_root=os.getcwd() if own else None,
+        precision=asked.precision or "fp32", engine=engine, batch_size=batch_size, threads=threads,
+        unit_samples=whole_batches(MOST if asked.device == "cuda" else MOST // 4, batch_size), classes=classes, class_names=names, import_root=os.getcwd() if own else None,
         versions={name: _version(name) for name in ("faultline", "torch", "torchvision", "ray", "pyarrow", "numpy", "pillow")},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), promised_top1=classifier.promised,
         own_thread=own and keeps_to_its_thread(engine, classifier.network, images),
@@ -117,11 +122,17 @@ def trial_images(seen: Look, classifier: Classifier) -> list[torch.Tensor]:
     return [classifier.preprocessing.normalise(torch.from_numpy(np.stack(pixels))) for pixels in chosen if pixels]
 
 
-def default_batch(device: str, pixels: int) -> int:
-    """Images of one forward. On a CPU more than these only leave the cache: measured fastest for photographs and for small images."""
+def default_batch(device: str, pixels: int, threads: int) -> int:
+    """Images of one forward. On a CPU more than these only leave the cache: measured fastest for photographs and for small images; a multiple of the threads, to which it would be filled up."""
     if device == "cuda":
         return 128
-    return 8 if pixels > 96 * 96 else 32
+    least = 8 if pixels > 96 * 96 else 32
+    return least + -least % threads
+
+
+def whole_batches(samples: int, batch_size: int) -> int:
+    """No more than so many samples, or one batch: a batch of which two units have a part is computed for each of them."""
+    return max(1, samples // batch_size) * batch_size
 
 
 def admit(asked: Asked, seen: Look, again: Callable[[int], Look], manifest: Manifest | None, classifier: Classifier | None, alone: bool, force: bool) -> Manifest:

@@ -196,3 +196,10 @@ def test_an_index_that_was_killed_leaves_nothing_behind(mine, tmp_path):
         shutil.rmtree(tmp_path / "plan")
     assert tiny.call("index", "--run", mine.run).code == 0
     assert not list(mine.run.rglob("*.tmp"))
+
+
+def test_a_batch_is_a_multiple_of_the_threads_and_a_unit_of_the_batch():
+    """To either it would be filled up: by others of the same batch, or by what two units of it compute."""
+    assert [[begin.default_batch("cpu", side * side, threads) for threads in (1, 2, 3, 4)] for side in (224, 32)] == [[8, 8, 9, 8], [32, 32, 33, 32]]
+    assert [begin.whole_batches(256, batch_size) for batch_size in (1, 7, 8, 33, 256, 300, 1024)] == [256, 252, 256, 231, 256, 300, 1024]
+    assert begin.whole_batches(1024, begin.default_batch("cuda", 224 * 224, 3)) == 1024

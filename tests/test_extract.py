@@ -14,6 +14,7 @@ import shards
 import tiny
 from PIL import Image
 
+from jobs import cluster
 from pipeline import failpoints
 from pipeline.store import Store, saliency_of
 
@@ -72,8 +73,9 @@ def test_profiles_are_the_oracles(mine, engine, aggregation):
 
 
 def test_batch_size_changes_no_number(mine, small):
-    """1 against 32: within 1e-5."""
-    assert mine.extract("val", "--batch-size", 1).code == 0
+    """1 against 32: within 1e-5. What is filled up for that is told."""
+    ended, whole = mine.extract("val", "--batch-size", 1), max(2, cluster.threads_of_an_engine())
+    assert ended.code == 0 and f"batches of 1 are filled up to {whole}, " in ended.err and f"--batch-size {whole} costs no more" in ended.err
     one, many = table_of(mine.run), table_of(small.run)
     assert one["sample_id"] == many["sample_id"] and one["prediction"] == many["prediction"]
     assert oracles.relative_errors(saliency_of(one), saliency_of(many).astype(np.float64)).max() < 1e-5
@@ -238,7 +240,7 @@ def test_bad_samples_are_set_aside_with_their_reasons(dirty):
     """Exit code 3, at once and when there is nothing left to do; the rest is profiled; an unknown-looking ID tells why."""
     for turn in range(2):
         ended = dirty.extract("val")
-        assert ended.code == 3 and "7 profiles, 5 set aside" in ended.err and "more than --max-rejects 0" in ended.err and "rejects/val/" in ended.err
+        assert ended.code == 3 and "filled up" not in ended.err and "7 profiles, 5 set aside" in ended.err and "more than --max-rejects 0" in ended.err and "rejects/val/" in ended.err
     assert status(dirty.run) == (12, 7, 0, 5)
     reasons = {row["sample_id"]: row["reason"] for row in Store(dirty.run).rejects("val").to_pylist()}
     assert reasons == {

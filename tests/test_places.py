@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline import models
 from pipeline.saliency import make_engine
-from pipeline.saliency.places import CURVES, Places, padded_rows
+from pipeline.saliency.places import CURVES, Places, in_company, padded_rows
 
 NAMED = sorted(CURVES, key=str)
 
@@ -148,6 +148,39 @@ def test_the_size_of_a_batch_changes_no_bit(name, engine, threads):
     for size in (1, 2, 3, 4):
         parts = [made(*of) for of in zip(images.split(size), labels.split(size))]
         assert torch.equal(torch.cat([part.saliency for part in parts]), whole.saliency) and torch.equal(torch.cat([part.logits for part in parts]), whole.logits)
+
+
+class Code(torch.nn.Sequential):
+    """Somebody's own, which has no teams: all threads share a batch."""
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [torch.nn.Sequential, Code])
+def test_norms_that_threads_would_share_change_no_bit(kind, dtype, threads):
+    """A GroupNorm's sums are other ones where two threads have a part of an image each, and so are a convolution's in bfloat16: whoever shares the batch, in whatever order."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    body = [layer for _ in range(3) for layer in (torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.GroupNorm(4, 16), torch.nn.ReLU())]
+    made = make_engine("fused", kind(torch.nn.Conv2d(3, 16, 3, padding=1), *body, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 10)).eval(), "abs")
+    images, labels = torch.randn(24, 3, 32, 32), torch.arange(24) % 10
+    with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+        whole = made(images, labels).saliency
+        for size in (1, 2, 3, 5, 6, 9, 23):
+            parts = [made(*of).saliency for of in zip(images.split(size), labels.split(size))]
+            assert torch.equal(torch.cat(parts), whole), size
+        for size in (5, 6, 24):
+            order = torch.randperm(size)
+            assert torch.equal(made(images[order], labels[order]).saliency, whole[order]), size
+
+
+@pytest.mark.parametrize("threads, filled", [(1, [2, 2, 3, 8]), (2, [2, 2, 4, 8]), (3, [3, 3, 3, 9]), (4, [4, 4, 4, 8])])
+def test_each_thread_has_as_many_images(threads, filled):
+    """And nobody is alone; what a batch is filled up with is its last image."""
+    torch.set_num_threads(threads)
+    for size, whole in zip((1, 2, 3, 8), filled):
+        images, labels = in_company(torch.randn(size, 3, 2, 2), torch.arange(size))
+        assert len(images) == len(labels) == whole and set(labels[size:].tolist()) <= {size - 1} and (images[size:] == images[size - 1]).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -19,7 +19,6 @@ ONEDNN = torch.backends.mkldnn.is_available()
 NONE = (0, (0,), (0, 0), [0], [0, 0], "valid")  # ways to say no padding
 NUMBERS = 4  # that a row's length is a multiple of
 ROWS = 8  # that a product's rows are a multiple of
-EVEN = 2  # that a batch's images are a multiple of
 VECTOR = 64  # numbers that a curve takes at once, at most
 GRAIN = 2**15  # numbers that torch gives a thread, at least
 GELUS_GRAIN = 2**14  # above which gelu has all threads
@@ -61,11 +60,16 @@ class Places(TorchFunctionMode):
 
 
 def in_company(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same batch, on a CPU filled up to an even number by its last image: torch has another kernel for a small one that is alone, and of an odd number two threads share one. Either rounds otherwise, enough to take a ReLU to the other side of its kink."""
-    more = 0 if images.is_cuda else -len(images) % EVEN
+    """The same batch, on a CPU filled up by its last image to `filled_up` many."""
+    more = 0 if images.is_cuda else filled_up(len(images), torch.get_num_threads()) - len(images)
     if not more:
         return images, labels
     return tuple(torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) for t in (images, labels))
+
+
+def filled_up(images: int, threads: int) -> int:
+    """The least batch, this or more, in which each thread has as many images and none is alone: where threads share an image some convolutions and norms sum it up in other parts, and for a small one that is alone torch has another kernel. Either rounds otherwise, enough to take a ReLU to the other side of its kink."""
+    return max(2, images + -images % threads)
 
 
 def padded_rows(number: int, samples: int = 1) -> int:

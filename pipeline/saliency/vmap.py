@@ -14,7 +14,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from pipeline.filters import FilterLayout
 from pipeline.saliency import Saliency
 from pipeline.saliency.loss import cross_entropy
-from pipeline.saliency.places import EVEN, Places
+from pipeline.saliency.places import Places, filled_up
 
 CHUNK_NUMBERS = 2**27  # gradient numbers held at once, at most: 512 MiB in float32
 CHUNK = 8  # samples at once, at most: on a CPU more of them only leave the cache
@@ -51,7 +51,7 @@ class VmapEngine:
             with torch.no_grad():
                 return Saliency(images.new_zeros(0, self.filters), self.network(images.clone()).float())
         size = len(images)
-        chunk = min(self.chunk, max(1 if images.is_cuda else EVEN, 2 ** (size - 1).bit_length()))
+        chunk = min(self.chunk, 2 ** ((size if images.is_cuda else filled_up(size, torch.get_num_threads())) - 1).bit_length())
         images, labels = (torch.cat([t, t[-1:].expand(-size % chunk, *t.shape[1:])]) for t in (images, labels))  # copies: a network may change its images in place
         with Places(chunk):
             found = vmap(saliency, chunk_size=chunk)(images, labels)
