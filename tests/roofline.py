@@ -169,7 +169,7 @@ def tables() -> dict[str, str]:
         for row in json.loads(file.read_text(encoding="utf-8")):
             floor = f"{row['beside']} | {_short(row['floor'])} {row['unit']} | {row['ratio']:.2f}" if row["floor"] is not None else " | | "
             line.append(f"| {title}: {row['what']} | {_short(row['value'])} {row['unit']} | {floor} |")
-    return gpu() | {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory), "layers": layers(), "process": process()}
+    return gpu() | {"line": "\n".join(line), "roofline": "\n".join(roofline), "gains": "\n".join(gains), "measured": "\n".join(measured), "memory": "\n".join(memory), "layers": layers(), "process": process(), "small": small(), "runs": runs()}
 
 
 def gpu() -> dict[str, str]:
@@ -230,6 +230,25 @@ def process() -> str:
         for beside in (False, True):
             unit = found[beside, True, "1000", True]
             lines.append(f"| {model} | {'beside a busy process' if beside else 'alone'} | {unit:,.0f} | " + " | ".join(f"{found[(beside, *way)] / unit:.2f}" for way in ways) + " |")
+    return "\n".join(lines)
+
+
+def small() -> str:
+    """The engine and the loop in batches smaller than a run's, over the step in as many: time, and the engine's memory."""
+    rows = [row for file in sorted(DATA.glob("small-*.json")) for row in json.loads(file.read_text(encoding="utf-8"))]
+    found = {(row["model"], row["batch_size"], row["engine"]): row for row in rows}
+    lines = ["| network, batch | step, images/s | fused | loop | memory of fused over the step's |", "|---|---:|---:|---:|---:|"]
+    for model, size in dict.fromkeys((row["model"], row["batch_size"]) for row in sorted(rows, key=lambda row: row["model"])):
+        step, fused, loop = (found[model, size, engine] for engine in ("step", "fused", "loop"))
+        lines.append(f"| {model}, {size} | {step['images_per_s']:,.1f} | {fused['ratio_to_step']:.2f} | {loop['ratio_to_step']:.2f} | {fused['peak_bytes'] / step['peak_bytes']:.2f} |")
+    return "\n".join(lines)
+
+
+def runs() -> str:
+    """What each file of docs/data/performance was made by, from runs.json."""
+    lines = ["| file | command | commit, day | |", "|---|---|---|---|"]
+    for run in json.loads((DATA / "runs.json").read_text(encoding="utf-8")):
+        lines.append(f"| {run['file']} | `{run['command']}` | {run['commit']}, {run['day']} | {run['machine']}{run['note'] and '; '}{run['note']} |")
     return "\n".join(lines)
 
 

@@ -190,7 +190,7 @@ def test_company_changes_no_bit(animal, name):
     assert torch.equal(mixed.saliency[3:6], whole.saliency[3:6]) and torch.equal(mixed.logits[3:6], whole.logits[3:6])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("animal, name", CASES)
 def test_permuted_batch_permutes_the_rows(animal, name, threads, set_threads):
     """Bit for bit, be it a batch that vectors and threads share out evenly or not."""
