@@ -80,7 +80,7 @@ class Asked:
 
 def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
     """Try the network on a few of the images that were seen, and choose what was left open. Raises BadRequest if it cannot take them."""
-    from pipeline.saliency import check_network, choose_engine, keeps_to_its_thread, try_engine
+    from pipeline.saliency import check_network, choose_engine, try_engine
     from pipeline.saliency.places import filled_up
 
     layers = FilterLayout.of(classifier.network)
@@ -92,19 +92,18 @@ def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
     engine, reason = (asked.engine, "as asked") if asked.engine != "auto" else choose_engine(classifier.network, images)
     try_engine(engine, classifier.network, images)
     say(f"engine: {engine} ({reason}); {layers.total:,} filters in {len(layers.layers)} layer{'s' * (len(layers.layers) != 1)}, {classes} classes")
-    own = ":" in asked.model  # somebody's own code
     threads = cluster.threads_of_an_engine()
     batch_size = asked.batch_size or default_batch(asked.device, images.shape[-2] * images.shape[-1], threads)
     if engine == "fused" and asked.device == "cpu" and (whole := filled_up(batch_size, threads)) > batch_size:
-        say(f"check: batches of {batch_size} are filled up to {whole}, so that each of {threads} thread{'s' * (threads != 1)} has as many images and none is alone: --batch-size {whole} costs no more")
+        wanted = "two at least" if threads == 1 else f"as many images for each of {threads} threads"
+        say(f"check: batches of {batch_size} are filled up to {whole}, {wanted}, lest numbers depend on who shares one: --batch-size {whole} takes less time")
     names = classifier.class_names if classifier.class_names and len(classifier.class_names) == classes else None
     return Manifest(
         model=asked.model, weights_sha256=classifier.weights_sha256, layers=layers, preprocessing=classifier.preprocessing, aggregation=asked.aggregation,
         precision=asked.precision or "fp32", engine=engine, batch_size=batch_size, threads=threads,
-        unit_samples=whole_batches(MOST if asked.device == "cuda" else MOST // 4, batch_size), classes=classes, class_names=names, import_root=os.getcwd() if own else None,
+        unit_samples=whole_batches(MOST if asked.device == "cuda" else MOST // 4, batch_size), classes=classes, class_names=names, import_root=os.getcwd() if ":" in asked.model else None,
         versions={name: _version(name) for name in ("faultline", "torch", "torchvision", "ray", "pyarrow", "numpy", "pillow")},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), promised_top1=classifier.promised,
-        own_thread=own and keeps_to_its_thread(engine, classifier.network, images),
     )  # fmt: skip
 
 

@@ -256,7 +256,7 @@ def do(store: Store, settings: Settings, manifest: Manifest, census: Census, tod
     work = Work(
         settings.dataset, Decoder(census.kind, census.root, manifest.preprocessing, manifest.classes), partial(UnitWriter, store.run, device), store.is_committed, give_up,
         manifest.threads, device, settings.address, settings.actors, crumb_of(store, settings.dataset),
-        overlaps=manifest.any_thread,
+        overlaps=manifest.import_root is None,  # somebody's own code has the thread that made it, which it may want (for signals, or what it keeps for a thread)
     )  # fmt: skip
     return run_units(work, todo, sum(unit.samples for unit in todo), census.samples)
 

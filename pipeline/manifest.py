@@ -16,7 +16,7 @@ from pipeline.samples import Preprocessing
 @dataclass(frozen=True)
 class Manifest:
     """Everything that decides the bits of a run's vectors, then who made it. `batch_size` and `threads` (of one engine) belong
-    to the run, not to the machine that resumes it; `import_root` is where a `module:factory` was found, `own_thread` whether its network wants the thread that made it (None: nobody tried); `promised_top1` what the weights
+    to the run, not to the machine that resumes it; `import_root` is where a `module:factory` was found; `promised_top1` what the weights
     are published with (0..1), None where nobody says; `saved_sha256` the digest of the run's own weights.safetensors."""
 
     model: str
@@ -36,12 +36,6 @@ class Manifest:
     created: str
     promised_top1: float | None = None
     saved_sha256: str | None = None
-    own_thread: bool | None = None
-
-    @property
-    def any_thread(self) -> bool:
-        """Whether batches may be begun by other threads than the one that made the network."""
-        return self.import_root is None if self.own_thread is None else not self.own_thread
 
     @property
     def fingerprint(self) -> str:

@@ -1,9 +1,5 @@
 """Networks that the fused engine would answer wrongly, or that no engine can differentiate: seen before a run, by what they do."""
 
-import signal
-import sqlite3
-import threading
-
 import oracles
 import pytest
 import torch
@@ -81,44 +77,6 @@ def test_a_network_without_an_engine_is_refused():
         saliency.try_engine(name, network, images)
     for animal in zoo.ZOO[:3]:
         saliency.try_engine("vmap", animal.make(), images)
-
-
-class Bound(Devious):
-    """Wants the thread that made it, or that first called it."""
-
-    def __init__(self, how: str):
-        super().__init__(how)
-        self.own, self.database = threading.local(), sqlite3.connect(":memory:")
-        self.own.scale = 2.0
-
-    def forward(self, x):
-        if self.how == "what it keeps for a thread":
-            x = x * self.own.scale
-        if self.how == "what is another number in others":
-            x = x * getattr(self.own, "scale", 1.0)
-        if self.how == "a connection":
-            self.database.execute("select 1")
-        if self.how == "a signal":
-            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-        if self.how == "its first caller":
-            self.first = getattr(self, "first", threading.get_ident())
-            assert self.first == threading.get_ident()
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("how", ["what it keeps for a thread", "what is another number in others", "a connection", "a signal", "its first caller"])
-@pytest.mark.parametrize("engine", ["fused", "vmap"])
-def test_a_network_that_keeps_to_its_thread_is_seen(engine, how):
-    assert saliency.keeps_to_its_thread(engine, Bound(how).eval(), zoo.images(3)[0])
-
-
-@pytest.mark.parametrize("animal", zoo.ZOO, ids=lambda animal: animal.id)
-def test_any_other_may_be_called_by_any_thread(animal):
-    images = zoo.images(3)[0]
-    before = images.clone()
-    for engine in {"vmap", choose_engine(animal.make(), images)[0]}:
-        assert not saliency.keeps_to_its_thread(engine, animal.make(), images)
-    assert torch.equal(images, before)
 
 
 class Vast(Devious):

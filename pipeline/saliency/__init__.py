@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
@@ -77,21 +76,6 @@ def try_engine(name: str, network: torch.nn.Module, images: torch.Tensor) -> Non
             raise _no_memory(images) from None
         reason = str(fault).strip().splitlines()[0][:200] if str(fault).strip() else type(fault).__name__
         raise BadRequest(f"--model: the gradients of one sample cannot be had of this network by the engine {name} ({printable(reason)}), so that there are no profiles of it") from None
-
-
-def keeps_to_its_thread(name: str, network: torch.nn.Module, images: torch.Tensor) -> bool:
-    """Whether an engine gives something else of a network in another thread than this one, or nothing: what it holds may be a thread's own (a connection, a signal's handler, `threading.local`). images: float32 [B, 3, H, W], of which the first is tried."""
-    engine, label = make_engine(name, network, "abs"), torch.zeros(1, dtype=torch.int64, device=images.device)
-    compute = lambda: engine(images[:1].clone(), label).saliency  # noqa: E731, it may change them in place
-    here = compute()
-    try:
-        with ThreadPoolExecutor(1) as other:
-            there = other.submit(compute).result()
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # a network is anybody's code
-        return True
-    return not torch.allclose(here, there, rtol=1e-3, atol=1e-3 * float(here.abs().max()), equal_nan=True)
 
 
 def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
