@@ -80,6 +80,8 @@ class Asked:
 
 def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
     """Try the network on a few of the images that were seen, and choose what was left open. Raises BadRequest if it cannot take them."""
+    import torch
+
     from pipeline.saliency import check_network, choose_engine, try_engine
     from pipeline.saliency.places import filled_up
 
@@ -90,7 +92,8 @@ def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
     except BadRequest:  # because of one bad image?
         images, classes = trials[-1], check_network(classifier.network, trials[-1])
     engine, reason = (asked.engine, "as asked") if asked.engine != "auto" else choose_engine(classifier.network, images)
-    try_engine(engine, classifier.network, images)
+    with torch.autocast("cpu", torch.bfloat16, enabled=asked.precision == "bf16" and asked.device == "cpu"):
+        try_engine(engine, classifier.network, images)
     say(f"engine: {engine} ({reason}); {layers.total:,} filters in {len(layers.layers)} layer{'s' * (len(layers.layers) != 1)}, {classes} classes")
     threads = cluster.threads_of_an_engine()
     batch_size = asked.batch_size or default_batch(asked.device, images.shape[-2] * images.shape[-1], threads)

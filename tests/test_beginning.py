@@ -203,3 +203,11 @@ def test_a_batch_is_a_multiple_of_the_threads_and_a_unit_of_the_batch():
     assert [[begin.default_batch("cpu", side * side, threads) for threads in (1, 2, 3, 4)] for side in (224, 32)] == [[8, 8, 9, 8], [32, 32, 33, 32]]
     assert [begin.whole_batches(256, batch_size) for batch_size in (1, 7, 8, 33, 256, 300, 1024)] == [256, 252, 256, 231, 256, 300, 1024]
     assert begin.whole_batches(1024, begin.default_batch("cuda", 224 * 224, 3)) == 1024
+
+
+@pytest.mark.parametrize("engine", ["fused", "vmap"])
+def test_network_that_cannot_be_used_in_the_precision_asked_for_is_refused(mine, engine):
+    """Before every sample is set aside."""
+    message = mine.extract("val", "--precision", "bf16", "--engine", engine, model="tiny:single").refused()
+    assert f"by the engine {engine} (float32 is wanted, not torch.bfloat16)" in message and not mine.run.exists()
+    assert mine.extract("val", "--engine", engine, model="tiny:single").code == 0

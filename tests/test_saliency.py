@@ -45,6 +45,15 @@ def test_is_the_naive_loop(animal, name, aggregation):
     np.testing.assert_allclose(got.logits, oracles.logits(network, images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("animal, name", CASES)
+def test_under_autocast_it_is_near_the_naive_loop(animal, name):
+    """In bfloat16, of which a number has three digits: no layer of a network is left out or refused."""
+    with torch.autocast("cpu", torch.bfloat16):
+        got = make_engine(name, animal.make(), "abs")(*zoo.images())
+    errors = oracles.relative_errors(got.saliency, truth(animal, "abs"))
+    assert got.saliency.dtype == got.logits.dtype == torch.float32 and np.median(errors) < 0.05 and errors.max() < 0.15
+
+
 def test_aggregations_differ():
     """So that agreement with either oracle means something."""
     animal = zoo.ZOO[0]

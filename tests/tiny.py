@@ -88,6 +88,16 @@ def nan() -> nn.Module:
     return Broken(lambda logits: logits * float("nan"))
 
 
+def only_single(logits: torch.Tensor) -> torch.Tensor:
+    if logits.dtype != torch.float32:
+        raise TypeError(f"float32 is wanted, not {logits.dtype}")
+    return logits
+
+
+def single() -> nn.Module:
+    return Broken(only_single)
+
+
 def noisy() -> nn.Module:
     return Broken(lambda logits: (print("so many:", len(logits)), logits)[1])
 

@@ -68,10 +68,10 @@ def choose_engine(network: torch.nn.Module, images: torch.Tensor) -> tuple[str, 
 
 
 def try_engine(name: str, network: torch.nn.Module, images: torch.Tensor) -> None:
-    """One image, float32 [B, 3, H, W], through an engine. Raises BadRequest if its gradients cannot be had that way, Stopped where memory is too short."""
+    """One image, float32 [B, 3, H, W], through an engine, under autocast where the caller is. Raises BadRequest if its gradients cannot be had that way, Stopped where memory is too short."""
     try:
         make_engine(name, network, "abs")(images[:1], torch.zeros(1, dtype=torch.int64, device=images.device))
-    except RuntimeError as fault:
+    except Exception as fault:
         if is_memory(fault):
             raise _no_memory(images) from None
         reason = str(fault).strip().splitlines()[0][:200] if str(fault).strip() else type(fault).__name__

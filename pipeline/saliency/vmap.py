@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value, vmap
+from torch.overrides import TorchFunctionMode
 
 from pipeline.filters import FilterLayout
 from pipeline.saliency import Saliency
@@ -17,6 +19,7 @@ from pipeline.saliency.loss import cross_entropy
 from pipeline.saliency.places import Places, filled_up
 
 CHUNK_NUMBERS = 2**27  # gradient numbers held at once, at most: 512 MiB in float32
+NORMS = {F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm, F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm}
 CHUNK = 8  # samples at once, at most: on a CPU more of them only leave the cache
 
 
@@ -53,9 +56,24 @@ class VmapEngine:
         size = len(images)
         chunk = min(self.chunk, 2 ** ((size if images.is_cuda else filled_up(size, torch.get_num_threads())) - 1).bit_length())
         images, labels = (torch.cat([t, t[-1:].expand(-size % chunk, *t.shape[1:])]) for t in (images, labels))  # copies: a network may change its images in place
-        with Places(chunk):
+        with WideNorms(), Places(chunk):
             found = vmap(saliency, chunk_size=chunk)(images, labels)
         return Saliency(*(t[:size] for t in found))
+
+
+class WideNorms(TorchFunctionMode):
+    """While it is entered, a norm of maps in half precision whose parameters are float32, as autocast leaves them, is computed in float32 and rounded: as torch does on a CPU, but not inside `vmap`, where it raises."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in NORMS:
+            return func(*args, **kwargs)
+        maps = args[0] if args else kwargs["input"]
+        others = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.Tensor) and value is not maps]
+        if maps.device.type != "cpu" or maps.dtype not in (torch.bfloat16, torch.float16) or not any(value.dtype == torch.float32 for value in others):
+            return func(*args, **kwargs)
+        found = func(maps.float(), *args[1:], **kwargs) if args else func(**kwargs | {"input": maps.float()})
+        return found.to(maps.dtype)
 
 
 def reduce_filters(gradients: torch.Tensor, aggregation: str) -> torch.Tensor:
