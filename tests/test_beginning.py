@@ -1,4 +1,4 @@
-"""Two jobs that begin one run at once, and a run that goes away: what is there afterwards is of one network, and nobody is answered with another's numbers."""
+"""Two jobs that begin one run at once, and a run that goes away: what is there afterwards is of one network, and nobody is answered with another's numbers. And what a run is when it begins."""
 
 from __future__ import annotations
 
