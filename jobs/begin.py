@@ -91,15 +91,16 @@ def describe(asked: Asked, seen: Look, classifier: Classifier) -> Manifest:
         images, classes = trials[0], check_network(classifier.network, trials[0])
     except BadRequest:  # because of one bad image?
         images, classes = trials[-1], check_network(classifier.network, trials[-1])
-    engine, reason = (asked.engine, "as asked") if asked.engine != "auto" else choose_engine(classifier.network, images)
+    engine, reason = ("vmap", "as asked") if asked.engine == "vmap" else choose_engine(classifier.network, images)
+    if (asked.engine, engine) == ("fused", "vmap"):
+        raise BadRequest(f"--engine: fused is not exact for this network ({printable(reason)}); use vmap, or leave it out")
     with torch.autocast("cpu", torch.bfloat16, enabled=asked.precision == "bf16" and asked.device == "cpu"):
         try_engine(engine, classifier.network, images)
     say(f"engine: {engine} ({reason}); {layers.total:,} filters in {len(layers.layers)} layer{'s' * (len(layers.layers) != 1)}, {classes} classes")
     threads = cluster.threads_of_an_engine()
-    batch_size = asked.batch_size or default_batch(asked.device, images.shape[-2] * images.shape[-1], threads)
+    batch_size = asked.batch_size or default_batch(asked.device, images.shape[-2] * images.shape[-1], threads if engine == "fused" else 1)
     if engine == "fused" and asked.device == "cpu" and (whole := filled_up(batch_size, threads)) > batch_size:
-        wanted = "two at least" if threads == 1 else f"as many images for each of {threads} threads"
-        say(f"check: batches of {batch_size} are filled up to {whole}, {wanted}, lest numbers depend on who shares one: --batch-size {whole} takes less time")
+        say(f"check: batches of {batch_size} are filled up to {whole}, so that a sample's numbers are those of any other batch: --batch-size {whole} takes less time")
     names = classifier.class_names if classifier.class_names and len(classifier.class_names) == classes else None
     return Manifest(
         model=asked.model, weights_sha256=classifier.weights_sha256, layers=layers, preprocessing=classifier.preprocessing, aggregation=asked.aggregation,
@@ -124,8 +125,8 @@ def trial_images(seen: Look, classifier: Classifier) -> list[torch.Tensor]:
     return [classifier.preprocessing.normalise(torch.from_numpy(np.stack(pixels))) for pixels in chosen if pixels]
 
 
-def default_batch(device: str, pixels: int, threads: int) -> int:
-    """Images of one forward. On a CPU more than these only leave the cache: measured fastest for photographs and for small images; a multiple of the threads, to which it would be filled up."""
+def default_batch(device: str, pixels: int, threads: int = 1) -> int:
+    """Images of one forward. On a CPU more than these only leave the cache: measured fastest for photographs and for small images; a multiple of the threads, to which the fused engine would fill it up."""
     if device == "cuda":
         return 128
     least = 8 if pixels > 96 * 96 else 32

@@ -70,7 +70,7 @@ def extract(
     engine: Annotated[str, typer.Option(help="auto, fused or vmap.")] = "auto",
     precision: Annotated[Optional[str], typer.Option(help="fp32, tf32 or bf16. Default: fp32.")] = None,
     aggregation: Annotated[str, typer.Option(help="abs: mean |gradient| of a filter's weights; signed: |mean gradient|, as the authors' earlier code.")] = "abs",
-    batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: 128 on a GPU; on a CPU 8, or 32 for small images, made a multiple of the threads; any other is filled up to one.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Images of one forward. Default: 128 on a GPU; on a CPU 8, or 32 for small images, or the next multiple of the threads, to which any other is filled up.")] = None,
     device: Device = None,
     actors: Actors = None,
     max_samples: Annotated[Optional[int], typer.Option(help="Only the first N samples, for a first try; the rest can follow later.")] = None,

@@ -205,9 +205,16 @@ def test_a_batch_is_a_multiple_of_the_threads_and_a_unit_of_the_batch():
     assert begin.whole_batches(1024, begin.default_batch("cuda", 224 * 224, 3)) == 1024
 
 
+def test_the_fused_engine_is_refused_where_it_is_not_exact(mine):
+    """And the definition does it, as it does where no engine is named."""
+    assert "--engine: fused is not exact for this network (" in mine.extract("val", "--engine", "fused", model="tiny:twice").refused() and not mine.run.exists()
+    ended = mine.extract("val", "--engine", "vmap", model="tiny:twice")
+    assert ended.code == 0 and "engine: vmap (as asked)" in ended.err
+
+
 @pytest.mark.parametrize("engine", ["fused", "vmap"])
 def test_network_that_cannot_be_used_in_the_precision_asked_for_is_refused(mine, engine):
     """Before every sample is set aside."""
     message = mine.extract("val", "--precision", "bf16", "--engine", engine, model="tiny:single").refused()
-    assert f"by the engine {engine} (float32 is wanted, not torch.bfloat16)" in message and not mine.run.exists()
+    assert f"by the engine {engine} in bf16 (float32 is wanted, not torch.bfloat16)" in message and not mine.run.exists()
     assert mine.extract("val", "--engine", engine, model="tiny:single").code == 0

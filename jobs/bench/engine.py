@@ -136,7 +136,7 @@ def subject(name: str, network: torch.nn.Module, batch_size: int | None, device:
     """(images, labels, network in eval mode): seeded noise, and the network's own initialisation with BatchNorm statistics of that noise."""
     torch.manual_seed(0)
     side = 32 if "cifar" in name or name in models.cifar.NETWORKS else SIZES.get(name, 224)
-    size = batch_size or begin.default_batch(device, side * side, cluster.threads_of_an_engine())
+    size = batch_size or begin.default_batch(device, side * side)
     images = torch.randn(size, 3, side, side)
     network.train()
     with torch.no_grad():

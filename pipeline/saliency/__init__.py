@@ -75,7 +75,7 @@ def try_engine(name: str, network: torch.nn.Module, images: torch.Tensor) -> Non
         if is_memory(fault):
             raise _no_memory(images) from None
         reason = str(fault).strip().splitlines()[0][:200] if str(fault).strip() else type(fault).__name__
-        raise BadRequest(f"--model: the gradients of one sample cannot be had of this network by the engine {name} ({printable(reason)}), so that there are no profiles of it") from None
+        raise BadRequest(f"--model: the gradients of one sample cannot be had of this network by the engine {name}{' in bf16' if torch.is_autocast_enabled('cpu') else ''} ({printable(reason)}), so that there are no profiles of it that way") from None
 
 
 def check_network(network: torch.nn.Module, images: torch.Tensor) -> int:
